@@ -1,0 +1,2 @@
+from typing import Any
+def write_card(*a: Any) -> None: pass

@@ -1,0 +1,71 @@
+"""The shape of the KV cache: what one token leaves behind in every layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+"""Size of one element, in bytes, of each KV dtype that kvbaton can hold and move."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """KV of one layer: K is `[tokens, num_kv_heads, k_head_dim]`, V is `[tokens, num_kv_heads, v_head_dim]`."""
+
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+
+    @property
+    def elements_per_token(self) -> int:
+        """Elements of K and V together that one token takes in this layer."""
+        return self.num_kv_heads * (self.k_head_dim + self.v_head_dim)
+
+
+@dataclass(frozen=True)
+class KvGeometry:
+    """KV of a whole model, layers in model order."""
+
+    layers: tuple[LayerGeometry, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {sorted(DTYPE_BYTES)}")
+        if not self.layers:
+            raise ValueError("a model without attention layers has no KV")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that keep KV."""
+        return len(self.layers)
+
+    @cached_property
+    def layer_token_bytes(self) -> tuple[int, ...]:
+        """Bytes that one token takes, by layer."""
+        size = DTYPE_BYTES[self.dtype]
+        return tuple(layer.elements_per_token * size for layer in self.layers)
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in all layers."""
+        return sum(self.layer_token_bytes)
+
+    def span_bytes(self, layer_start: int, layer_stop: int, num_tokens: int) -> int:
+        """Bytes of `num_tokens` tokens in layers `[layer_start, layer_stop)`."""
+        return num_tokens * sum(self.layer_token_bytes[layer_start:layer_stop])
+
+    def groups(self) -> list[tuple[int, LayerGeometry]]:
+        """Runs of equal consecutive layers, as (number of layers, their geometry)."""
+        runs: list[tuple[int, LayerGeometry]] = []
+        for layer in self.layers:
+            if runs and runs[-1][1] == layer:
+                runs[-1] = (runs[-1][0] + 1, layer)
+            else:
+                runs.append((1, layer))
+        return runs
+
+    @classmethod
+    def from_groups(cls, groups: Sequence[tuple[int, LayerGeometry]], dtype: str) -> "KvGeometry":
+        """Inverse of `groups`. Raises ValueError for an unknown dtype or no layers."""
+        return cls(tuple(layer for count, layer in groups for _ in range(count)), dtype)

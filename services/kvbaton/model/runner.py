@@ -1,0 +1,49 @@
+"""Runs a scheduler's batches on a `transformers` decoder."""
+
+from collections.abc import Callable
+
+import torch
+
+from kvbaton.engine.scheduler import Batch
+from kvbaton.model import ragged, sampler
+from kvbaton.model.loader import LoadedModel
+from kvbaton.model.store import TorchKvStore
+
+LayerListener = Callable[[Batch, int], None]
+"""Told, on the engine's thread, that a layer's KV of a batch is in the store."""
+
+
+class ModelRunner:
+    """Forward pass over ragged batches, KV in a paged store, sampling; implements the engine's `Runner`."""
+
+    def __init__(
+        self, loaded: LoadedModel, store: TorchKvStore, on_layer: LayerListener | None = None
+    ) -> None:
+        """Takes over the model's attention: a loaded model serves one runner."""
+        self._model = loaded.model
+        self._attention = loaded.attention
+        self._attention.store = store
+        self._store = store
+        self._device = loaded.device
+        self._on_layer = on_layer
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> list[int]:
+        """See `Runner.run`. Raises what torch raises, out-of-memory included."""
+        tensors = ragged.build(batch, self._store.block_size, self._device)
+        self._attention.batch = tensors
+        if self._on_layer is not None:
+            listener = self._on_layer
+            self._attention.on_layer = lambda layer: listener(batch, layer)
+        logits = self._model(
+            input_ids=tensors.token_ids,
+            position_ids=tensors.positions,
+            use_cache=False,
+            logits_to_keep=tensors.sampled_rows,
+        ).logits[0]
+        samplers = [piece for piece in batch.slices if piece.samples]
+        if not samplers:
+            return []
+        params = [piece.request.sampling for piece in samplers]
+        positions = [piece.start + piece.num_tokens for piece in samplers]
+        return sampler.sample(logits, params, positions)

@@ -1,0 +1,80 @@
+"""Choosing the next token, for a whole batch, with noise that is a function and not a stream.
+
+A draw is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, "A* Sampling"): argmax(logits / T + g) has exactly the
+softmax's distribution when every g is an independent Gumbel variate. Here g depends on (seed, position, token id) alone,
+so the token at a position is the same in any batch, on any worker, however often the request was resumed. The bits come
+from SplitMix64's finaliser (Steele, Lea and Flood 2014), which passes BigCrush on a plain counter.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvbaton.engine.sampling import SamplingParams
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of a uint64: torch has no unsigned arithmetic, and wraps on overflow as we need."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
+    return (value >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mix(value: torch.Tensor) -> torch.Tensor:
+    value = (value ^ _shift_right(value, 30)) * _MIX_1
+    value = (value ^ _shift_right(value, 27)) * _MIX_2
+    return value ^ _shift_right(value, 31)
+
+
+def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Gumbel variates [n, vocab_size], float32, for `seeds` and `positions` [n] (int64)."""
+    tokens = torch.arange(vocab_size, device=seeds.device)
+    rows = _mix(_mix(seeds + _GOLDEN) + positions * _GOLDEN)
+    bits = _mix(rows[:, None] + (tokens[None, :] + 1) * _GOLDEN)
+    # 53 bits, centred in their cells: never 0 and never 1, so both logarithms are finite.
+    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    return -torch.log(-torch.log(uniform)).float()
+
+
+def keep_top(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Set to -inf all but each row's `top_k` [n] tokens (0: all), and then all but its `top_p` [n] nucleus.
+
+    A token is in the nucleus while the probability of the tokens before it is below top_p, so one always is. Equal
+    logits keep the order of their ids.
+    """
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)[None, :]
+    keep_all = top_k == 0
+    ordered = ordered.masked_fill((rank >= top_k[:, None]) & ~keep_all[:, None], float("-inf"))
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), float("-inf"))
+    return torch.empty_like(logits).scatter_(-1, order, ordered)
+
+
+def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    """One token a row of `logits` [n, vocab], which will stand at `positions` in its sequence."""
+    greedy = logits.argmax(-1)
+    rows = [row for row, param in enumerate(params) if not param.is_greedy]
+    if not rows:
+        return [int(token) for token in greedy.tolist()]
+    device = logits.device
+    chosen = [params[row] for row in rows]
+    temperature = torch.tensor([p.temperature for p in chosen], device=device)
+    scaled = logits[rows].float() / temperature[:, None]
+    if any(p.top_k or p.top_p < 1 for p in chosen):
+        top_k = torch.tensor([p.top_k for p in chosen], device=device)
+        top_p = torch.tensor([p.top_p for p in chosen], device=device)
+        scaled = keep_top(scaled, top_k, top_p)
+    seeds = torch.tensor([_signed(p.seed) for p in chosen], device=device)
+    at = torch.tensor([positions[row] for row in rows], device=device)
+    greedy[rows] = (scaled + gumbel_noise(seeds, at, logits.shape[-1])).argmax(-1)
+    return [int(token) for token in greedy.tolist()]

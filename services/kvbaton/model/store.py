@@ -1,0 +1,84 @@
+"""KV memory in torch tensors."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kvbaton.engine.geometry import KvGeometry
+from kvbaton.engine.kv_store import Buffer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""torch's name of each KV dtype."""
+
+# KV crosses process borders as plain integers of the element's width: numpy has no bfloat16.
+_BITS = {"float32": (torch.int32, np.int32), "bfloat16": (torch.int16, np.int16)}
+
+
+class TorchKvStore:
+    """One K and one V tensor a layer, `[num_blocks, block_size, num_kv_heads, head_dim]`; implements `KvStore`.
+
+    The memory is not initialised: a token's KV is whatever was last written at its slot.
+    """
+
+    def __init__(self, geometry: KvGeometry, num_blocks: int, block_size: int, device: torch.device) -> None:
+        """Allocates the whole pool on `device`. Raises RuntimeError (torch's) when it does not fit."""
+        self._geometry = geometry
+        self.block_size = block_size
+        dtype = DTYPES[geometry.dtype]
+        shape = (num_blocks, block_size)
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        for layer in geometry.layers:
+            heads = layer.num_kv_heads
+            self.keys.append(torch.empty(*shape, heads, layer.k_head_dim, dtype=dtype, device=device))
+            self.values.append(torch.empty(*shape, heads, layer.v_head_dim, dtype=dtype, device=device))
+        torch_bits, self._numpy_bits = _BITS[geometry.dtype]
+        # [tokens, elements]: what a token has in a layer, as integers, K and V apart.
+        self._rows = [
+            (k.view(torch_bits).flatten(0, 1).flatten(1), v.view(torch_bits).flatten(0, 1).flatten(1))
+            for k, v in zip(self.keys, self.values, strict=True)
+        ]
+
+    @property
+    def geometry(self) -> KvGeometry:
+        """The shape of one token's KV."""
+        return self._geometry
+
+    def put(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store freshly computed KV: `slots` [tokens], `key` and `value` [tokens, num_kv_heads, head_dim]."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
+
+    def read(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
+        """See `KvStore.read`. Waits for a device's copy to the host."""
+        index = self._slots(blocks, tokens)
+        parts = []
+        for layer in layers:
+            for rows in self._rows[layer]:
+                part = rows.index_select(0, index.to(rows.device)).cpu()
+                parts.append(memoryview(part.numpy()).cast("B"))
+        return parts
+
+    def write(self, layers: range, blocks: Sequence[int], tokens: range, payload: Buffer) -> None:
+        """See `KvStore.write`. Waits for a device's copy from the host."""
+        index = self._slots(blocks, tokens)
+        incoming = np.frombuffer(payload, dtype=self._numpy_bits)
+        offset = 0
+        for layer in layers:
+            for rows in self._rows[layer]:
+                width = rows.shape[1]
+                part = incoming[offset : offset + len(tokens) * width].reshape(len(tokens), width)
+                offset += part.size
+                if rows.device.type == "cpu":
+                    rows.numpy()[index.numpy()] = part
+                else:
+                    rows.index_copy_(0, index.to(rows.device), torch.from_numpy(part.copy()).to(rows.device))
+        if self.keys[0].is_cuda:
+            # What was written must be visible to the stream of the engine's thread.
+            torch.cuda.current_stream().synchronize()
+
+    def _slots(self, blocks: Sequence[int], tokens: range) -> torch.Tensor:
+        position = torch.arange(tokens.start, tokens.stop)
+        table = torch.tensor(blocks)
+        return table[position // self.block_size] * self.block_size + position % self.block_size
