@@ -60,9 +60,9 @@ class Batches:
         Copying needs no language, only a look back at what followed the same token before: attention heads that do
         so are what recall is made of, and stories alone do not form them at this size.
         """
-        length = self._rng.randint(8, most)
         rows, masks = [], []
-        for _ in range(self._rows(2 * length)):
+        for _ in range(min(32, self._rows(2 * most))):
+            length = self._rng.randint(8, most)
             part = [self._rng.randrange(self._first_plain, self._vocab) for _ in range(length)]
             rows.append([self._begin, *part, *part])
             # The first token of the second copy cannot be foreseen.

@@ -59,9 +59,9 @@ class InferenceServiceServicer(object):
     def Generate(self, request, context):
         """Generate streams the tokens of one completion as they are made: any number of `tokens`, then one `finished`.
         Cancelling the call, or its deadline, frees everything the request holds.
-        Fails with INVALID_ARGUMENT (naming the field; never retry), NOT_FOUND (unknown model; never retry),
-        RESOURCE_EXHAUSTED (queues full; retry after the delay in RetryInfo), UNAVAILABLE (no worker, or one was lost;
-        retry, with backoff, if no token has come), DEADLINE_EXCEEDED, CANCELLED.
+        Fails with INVALID_ARGUMENT (naming the field, an unknown model included; never retry), RESOURCE_EXHAUSTED (queues
+        full; retry after the delay in RetryInfo), UNAVAILABLE (no worker, or one was lost; retry, with backoff, if no
+        token has come), ABORTED (the KV transfer was refused; retry), DEADLINE_EXCEEDED, CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,7 +69,7 @@ class InferenceServiceServicer(object):
 
     def Tokenize(self, request, context):
         """Tokenize returns the token ids that Generate would compute for the same prompt.
-        Fails with INVALID_ARGUMENT or NOT_FOUND. Safe to retry.
+        Fails with INVALID_ARGUMENT, or UNAVAILABLE while no worker has connected. Safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

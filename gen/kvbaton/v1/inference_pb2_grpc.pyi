@@ -111,14 +111,14 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     Generate: _InferenceServiceGenerateType
     """Generate streams the tokens of one completion as they are made: any number of `tokens`, then one `finished`.
     Cancelling the call, or its deadline, frees everything the request holds.
-    Fails with INVALID_ARGUMENT (naming the field; never retry), NOT_FOUND (unknown model; never retry),
-    RESOURCE_EXHAUSTED (queues full; retry after the delay in RetryInfo), UNAVAILABLE (no worker, or one was lost;
-    retry, with backoff, if no token has come), DEADLINE_EXCEEDED, CANCELLED.
+    Fails with INVALID_ARGUMENT (naming the field, an unknown model included; never retry), RESOURCE_EXHAUSTED (queues
+    full; retry after the delay in RetryInfo), UNAVAILABLE (no worker, or one was lost; retry, with backoff, if no
+    token has come), ABORTED (the KV transfer was refused; retry), DEADLINE_EXCEEDED, CANCELLED.
     """
 
     Tokenize: _InferenceServiceTokenizeType
     """Tokenize returns the token ids that Generate would compute for the same prompt.
-    Fails with INVALID_ARGUMENT or NOT_FOUND. Safe to retry.
+    Fails with INVALID_ARGUMENT, or UNAVAILABLE while no worker has connected. Safe to retry.
     """
 
     ListModels: _InferenceServiceListModelsType
@@ -152,9 +152,9 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[kvbaton.v1.inference_pb2.GenerateResponse], collections.abc.AsyncIterator[kvbaton.v1.inference_pb2.GenerateResponse]]:
         """Generate streams the tokens of one completion as they are made: any number of `tokens`, then one `finished`.
         Cancelling the call, or its deadline, frees everything the request holds.
-        Fails with INVALID_ARGUMENT (naming the field; never retry), NOT_FOUND (unknown model; never retry),
-        RESOURCE_EXHAUSTED (queues full; retry after the delay in RetryInfo), UNAVAILABLE (no worker, or one was lost;
-        retry, with backoff, if no token has come), DEADLINE_EXCEEDED, CANCELLED.
+        Fails with INVALID_ARGUMENT (naming the field, an unknown model included; never retry), RESOURCE_EXHAUSTED (queues
+        full; retry after the delay in RetryInfo), UNAVAILABLE (no worker, or one was lost; retry, with backoff, if no
+        token has come), ABORTED (the KV transfer was refused; retry), DEADLINE_EXCEEDED, CANCELLED.
         """
 
     @abc.abstractmethod
@@ -164,7 +164,7 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[kvbaton.v1.inference_pb2.TokenizeResponse, collections.abc.Awaitable[kvbaton.v1.inference_pb2.TokenizeResponse]]:
         """Tokenize returns the token ids that Generate would compute for the same prompt.
-        Fails with INVALID_ARGUMENT or NOT_FOUND. Safe to retry.
+        Fails with INVALID_ARGUMENT, or UNAVAILABLE while no worker has connected. Safe to retry.
         """
 
     @abc.abstractmethod

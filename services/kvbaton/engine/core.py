@@ -26,8 +26,6 @@ class EngineCounters:
     num_steps: int = 0
     prefill_tokens_computed: int = 0
     decode_tokens_computed: int = 0
-    requests_finished: int = 0
-    requests_cancelled: int = 0
 
 
 @dataclass(slots=True)
@@ -73,5 +71,4 @@ class Engine:
         self.counters.num_steps += 1
         self.counters.prefill_tokens_computed += prefill_tokens
         self.counters.decode_tokens_computed += decode_tokens
-        self.counters.requests_finished += sum(1 for event in sampled if event.finish_reason is not None)
         return StepResult(admitted, sampled, worked=True)

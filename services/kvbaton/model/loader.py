@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import KvGeometry
@@ -15,6 +16,9 @@ from kvbaton.model.attention import PagedAttention
 from kvbaton.model.store import DTYPES
 
 logger = logging.getLogger(__name__)
+
+# Progress bars are no log lines.
+transformers_logging.disable_progress_bar()
 
 _TRIAL_TOKENS = 4
 _DIGEST_SAMPLES = 64

@@ -72,4 +72,5 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
                 return
 
     def _status(self, service: str) -> int:
-        return self._statuses.get(service, _SERVICE_UNKNOWN)
+        status: int = self._statuses.get(service, _SERVICE_UNKNOWN)
+        return status

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
-import weakref
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Never
 
 import grpc
 from kvbaton.rpc.errors import to_rpc_status
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from opentelemetry.util.types import AttributeValue
 
     Handler = grpc.RpcMethodHandler[Any, Any]
-
-_log = logging.getLogger(__name__)
 
 ATTR_SYSTEM: Final = "rpc.system.name"
 ATTR_METHOD: Final = "rpc.method"
@@ -51,6 +47,11 @@ _SERVER_FAULTS: Final = frozenset(
         grpc.StatusCode.DATA_LOSS,
     }
 )
+
+
+# When a write fails because the peer has ended the call, grpc.aio first reports this, and calls back once more
+# with the peer's status as soon as it has that.
+_PROVISIONAL: Final = "Internal error from Core"
 
 
 class ServerInterceptor(grpc.aio.ServerInterceptor):
@@ -98,11 +99,20 @@ async def _serve(rpc: _ServedRpc, behaviour: Callable[..., Any], request: Any) -
     token = otel_context.attach(rpc.trace_context)
     try:
         response = await _run(behaviour, request, rpc.context)
-    except asyncio.CancelledError:
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and not task.cancelling():
+            # Not this RPC was cancelled, but something that its handler awaited. gRPC would send no status
+            # at all, and the caller would wait for ever.
+            await _fail(rpc, error)
         rpc.end(grpc.StatusCode.CANCELLED)
         raise
     except grpc.aio.AbortError:
         rpc.end(_set_code(rpc.context), rpc.context.details() or "")
+        raise
+    except grpc.aio.InternalError:
+        # A read or a write failed because the call has gone; the cancellation was on its way.
+        rpc.end(grpc.StatusCode.CANCELLED)
         raise
     except (Exception, BaseExceptionGroup) as error:
         await _fail(rpc, error)
@@ -124,17 +134,18 @@ async def _run(
     return None
 
 
-async def _fail(rpc: _ServedRpc, error: BaseException) -> None:
-    """End the RPC with the table's status; always raises."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        # The caller has gone, and nobody is left to hear how the cancelled handler failed.
-        _log.debug("a cancelled handler failed", exc_info=error)
+async def _fail(rpc: _ServedRpc, error: BaseException) -> Never:
+    """End the RPC with the table's status."""
+    status = to_rpc_status(error)
+    try:
+        await rpc.context.abort(status.code, status.message, status.trailing_metadata)
+    except grpc.aio.InternalError:
+        # The caller has gone: the handler failed while it was being cancelled, and nobody is left to be told.
         rpc.end(grpc.StatusCode.CANCELLED)
         raise asyncio.CancelledError from error
-    status = to_rpc_status(error)
-    rpc.end(status.code, status.message)
-    await rpc.context.abort(status.code, status.message, status.trailing_metadata)
+    except BaseException:
+        rpc.end(status.code, status.message)
+        raise
 
 
 def _set_code(context: grpc.aio.ServicerContext[Any, Any]) -> grpc.StatusCode:
@@ -233,19 +244,13 @@ class TracedChannel(grpc.aio.Channel):
 
 
 def _end_with_call(rpc: Any, span: Span) -> None:
-    """End the span when the call ends, without keeping alive a call that its owner has dropped."""
-
     def done(ended: Any) -> None:
-        try:
-            code, details = _result(ended.code()), _result(ended.details())
-        except ReferenceError:
-            # The owner dropped the call, which makes gRPC cancel it.
-            code, details = grpc.StatusCode.CANCELLED, "the call was dropped"
-        _end_span(span, code, details or "", failed=code is not grpc.StatusCode.OK)
+        code, details = _result(ended.code()), _result(ended.details()) or ""
+        if not span.is_recording() or (code is grpc.StatusCode.INTERNAL and details == _PROVISIONAL):
+            return
+        _end_span(span, code, details, failed=code is not grpc.StatusCode.OK)
 
-    # gRPC stores a reference to the call beside the callback. With an ordinary one the call would be a
-    # cycle, and a dropped stream would hold the peer's resources until the next garbage collection.
-    type(rpc).add_done_callback(weakref.proxy(rpc), done)
+    rpc.add_done_callback(done)
 
 
 def _result(finished: Coroutine[Any, Any, Any]) -> Any:

@@ -46,7 +46,7 @@ _SERVER_OPTIONS: Final = (
     *_KEEPALIVE_OPTIONS,
     # Otherwise two servers share a port in silence, and each gets half of the calls.
     ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 
 
@@ -182,17 +182,18 @@ def format_address(host: str, port: int) -> str:
 
 def run(main: Coroutine[Any, Any, _T]) -> _T:
     """Run a process's main coroutine, on uvloop where it is installed, and return its result."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(main)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Make an event loop: uvloop's where it is installed, asyncio's elsewhere."""
     try:
         import uvloop
     except ImportError:
-        return asyncio.new_event_loop
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
 
 
 def termination_event() -> asyncio.Event:

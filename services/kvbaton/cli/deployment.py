@@ -1,0 +1,192 @@
+"""A whole deployment on this machine: workers and a router as child processes, started together and stopped together."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from kvbaton.cli.health import wait_until_serving
+from kvbaton.engine.errors import StartupError
+from kvbaton.rpc.config import option
+from kvbaton.text.bundled import DEFAULT_MODEL
+
+_MAX_LINE_BYTES = 1 << 20
+
+LogLine = Callable[[str, str], None]
+"""Told a process's name and one line of its log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpConfig:
+    """Options of `kvbaton up`."""
+
+    model: str = option(DEFAULT_MODEL, "Model: a local directory, a hub name, or the bundled baton-tiny.")
+    prefill: int = option(1, "Prefill workers.")
+    decode: int = option(1, "Decode workers.")
+    host: str = option("127.0.0.1", "Address of the router.")
+    port: int = option(7000, "Port of the router; 0 takes a free one.")
+    dtype: str = option("auto", "Element type of weights and KV.", ("auto", "float32", "bfloat16"))
+    device: str = option("cpu", "Where to compute: cpu, cuda or cuda:N.")
+    threads: int = option(1, "Threads of computation of each worker on a CPU.")
+    block_size: int = option(16, "Tokens in one KV block.")
+    kv_memory: str = option("1GiB", "Memory for each worker's KV pool.")
+    max_prefill_tokens: int = option(2048, "Prompt tokens a prefill worker computes in one step.")
+    max_decode_seqs: int = option(256, "Sequences a decode worker steps together.")
+    grace_seconds: float = option(10.0, "After Ctrl-C: seconds for running requests to finish.")
+
+
+@dataclass(slots=True)
+class Process:
+    """One running service."""
+
+    name: str
+    process: asyncio.subprocess.Process
+    address: str = ""
+    """host:port, once it is ready."""
+
+    @property
+    def pid(self) -> int:
+        """Process id, for signals."""
+        return self.process.pid
+
+
+@dataclass(slots=True)
+class Deployment:
+    """Running services by kind."""
+
+    prefill: list[Process] = field(default_factory=list)
+    decode: list[Process] = field(default_factory=list)
+    router: Process | None = None
+    exits: "asyncio.Queue[Process]" = field(default_factory=asyncio.Queue)
+    """Services that have ended, in order; as many as were started at the most."""
+
+    @property
+    def address(self) -> str:
+        """The router's host:port."""
+        assert self.router is not None
+        return self.router.address
+
+    @property
+    def processes(self) -> list[Process]:
+        """All of them, in the order in which they are stopped."""
+        return [*([self.router] if self.router else []), *self.prefill, *self.decode]
+
+    async def first_exit(self) -> Process:
+        """Wait until any service ends, and return it."""
+        return await self.exits.get()
+
+
+@asynccontextmanager
+async def deployed(
+    config: UpConfig, on_line: LogLine, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[Deployment]:
+    """Start everything, wait until it is ready, and stop it when the block ends.
+
+    `environment` is added to this process's own. Raises StartupError when a service ends before it is ready; its log
+    lines have said why.
+    """
+    deployment = Deployment()
+    async with asyncio.TaskGroup() as group:
+        try:
+            worker = _flags(config, "model", "dtype", "device", "threads", "block_size", "kv_memory", "grace_seconds")
+
+            async def launch(kind: str, name: str, flags: Sequence[str]) -> Process:
+                process = await _start(kind, name, flags, environment or {})
+                group.create_task(_follow(process, on_line, deployment.exits))
+                return process
+
+            prefill_flags = [*worker, "--port=0", *_flags(config, "max_prefill_tokens")]
+            decode_flags = [*worker, "--port=0", *_flags(config, "max_decode_seqs")]
+            for number in range(1, config.prefill + 1):
+                deployment.prefill.append(await launch("prefill", f"prefill-{number}", prefill_flags))
+            for number in range(1, config.decode + 1):
+                deployment.decode.append(await launch("decode", f"decode-{number}", decode_flags))
+            for process in deployment.processes:
+                await _wait_ready(process)
+            router_flags = [
+                *_flags(config, "model", "host", "port", "grace_seconds"),
+                "--prefill=" + ",".join(p.address for p in deployment.prefill),
+                "--decode=" + ",".join(p.address for p in deployment.decode),
+            ]
+            deployment.router = await launch("router", "router", router_flags)
+            await _wait_ready(deployment.router)
+            await _wait_healthy(deployment.router)
+            yield deployment
+        finally:
+            await _stop(deployment, config.grace_seconds + 5)
+
+
+def _flags(config: UpConfig, *names: str) -> list[str]:
+    return [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names]
+
+
+async def _start(kind: str, name: str, flags: Sequence[str], environment: Mapping[str, str]) -> Process:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "kvbaton.cli.main",
+        kind,
+        "--supervised",
+        *flags,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        limit=_MAX_LINE_BYTES,
+        env={**os.environ, **environment},  # noqa: TID251
+        # Ctrl-C in a terminal reaches a whole process group; here the parent decides who stops when.
+        start_new_session=True,
+    )
+    return Process(name, process)
+
+
+async def _follow(process: Process, on_line: LogLine, exits: "asyncio.Queue[Process]") -> None:
+    assert process.process.stderr is not None
+    async for line in process.process.stderr:
+        on_line(process.name, line.decode(errors="replace").rstrip())
+    await process.process.wait()
+    exits.put_nowait(process)
+
+
+async def _wait_ready(process: Process) -> None:
+    assert process.process.stdout is not None
+    line = await process.process.stdout.readline()
+    if not line:
+        code = await process.process.wait()
+        raise StartupError(f"{process.name} did not start (exit code {code})")
+    process.address = line.decode().strip()
+
+
+async def _wait_healthy(router: Process) -> None:
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(_fail_on_exit(router))
+        await wait_until_serving(router.address)
+        watching.cancel()
+
+
+async def _fail_on_exit(process: Process) -> None:
+    code = await process.process.wait()
+    raise StartupError(f"{process.name} did not become ready (exit code {code})")
+
+
+async def _stop(deployment: Deployment, patience_seconds: float) -> None:
+    """Router first, so that nothing new comes in; then workers. Whoever is not gone in time is killed."""
+    for process in deployment.processes:
+        if process.process.returncode is not None:
+            continue
+        process.process.send_signal(signal.SIGTERM)
+        if process is deployment.router:
+            await _wait_or_kill(process, patience_seconds)
+    for process in deployment.processes:
+        await _wait_or_kill(process, patience_seconds)
+
+
+async def _wait_or_kill(process: Process, patience_seconds: float) -> None:
+    try:
+        async with asyncio.timeout(patience_seconds):
+            await process.process.wait()
+    except TimeoutError:
+        process.process.kill()
+        await process.process.wait()

@@ -1,0 +1,119 @@
+"""Config classes as command-line options: flag, then environment, then TOML file, then default; unknown ones are errors."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from kvbaton.engine.errors import StartupError
+
+C = TypeVar("C")
+
+
+def environment_name(service: str, field: str) -> str:
+    """The variable that sets a service's option, for example KVBATON_ROUTER_PORT."""
+    return f"KVBATON_{service}_{field}".upper()
+
+
+def config_options(service: str, config: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a command with an option for each field of `config`, and `--config FILE`.
+
+    The command receives the values by field name; give them to `build_config`.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(_click_options(service, config)):
+            command = option(command)
+        return click.option(
+            "--config",
+            "config_file",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            is_eager=True,
+            expose_value=False,
+            callback=_read_config_file(config),
+            help="TOML file with any of these options, names written with underscores.",
+        )(command)
+
+    return decorate
+
+
+def build_config(config: type[C], values: Mapping[str, Any]) -> C:
+    """The config object from a command's values. Raises StartupError for a value that is out of its range."""
+    fields = {field.name for field in dataclasses.fields(typing.cast("Any", config))}
+    converted = {name: _from_click(value) for name, value in values.items() if name in fields}
+    return config(**converted)
+
+
+def check_environment(service: str, config: type[Any], environment: Mapping[str, str]) -> None:
+    """Raise StartupError when a variable looks like one of the service's options and is none."""
+    known = {environment_name(service, field.name) for field in dataclasses.fields(config)}
+    prefix = environment_name(service, "")
+    unknown = sorted(name for name in environment if name.startswith(prefix) and name not in known)
+    if unknown:
+        raise StartupError(f"{', '.join(unknown)} in the environment: no such option; see kvbaton {service} --help")
+
+
+def _click_options(service: str, config: type[Any]) -> list[Callable[..., Any]]:
+    hints = typing.get_type_hints(config)
+    options = []
+    for field in dataclasses.fields(config):
+        default = field.default
+        choices = field.metadata["choices"]
+        kind: Any = click.Choice(choices) if choices else _click_type(hints[field.name])
+        is_tuple = isinstance(default, tuple)
+        options.append(
+            click.option(
+                "--" + field.name.replace("_", "-"),
+                field.name,
+                type=kind,
+                default=",".join(default) if is_tuple else default,
+                show_default=bool(default) or default == 0,
+                envvar=environment_name(service, field.name),
+                show_envvar=True,
+                help=field.metadata["help"],
+            )
+        )
+    return options
+
+
+def _click_type(hint: Any) -> Any:
+    if isinstance(hint, types.GenericAlias):
+        return _CommaSeparated()
+    return {str: click.STRING, int: click.INT, float: click.FLOAT}[hint]
+
+
+class _CommaSeparated(click.ParamType):
+    """Values separated by commas, as a tuple."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return tuple(value)
+
+
+def _from_click(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _read_config_file(config: type[Any]) -> Callable[[click.Context, click.Parameter, Path | None], None]:
+    def callback(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+        if path is None:
+            return
+        try:
+            values = tomllib.loads(path.read_text())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise click.BadParameter(f"{path} is not TOML: {error}", context, parameter) from error
+        known = {field.name for field in dataclasses.fields(config)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise click.BadParameter(f"{path}: unknown option {', '.join(unknown)}", context, parameter)
+        context.default_map = {**(context.default_map or {}), **values}
+
+    return callback

@@ -1,0 +1,81 @@
+"""Running one service in this process: log, traces, event loop, signals, and how it ends."""
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import click
+
+from kvbaton.cli.options import check_environment
+from kvbaton.engine.errors import StartupError
+from kvbaton.rpc.errors import root_cause
+from kvbaton.rpc.serving import Server, run, termination_event
+from kvbaton.rpc.telemetry import setup_tracing, tracing_requested
+
+C = TypeVar("C")
+Serve = Callable[[C, asyncio.Event, "asyncio.Future[Server]"], Coroutine[Any, Any, None]]
+
+EXIT_CANNOT_START = 2
+
+
+class CannotStart(click.ClickException):
+    """A start that failed for a reason that the operator can mend: one line, exit code 2."""
+
+    exit_code = EXIT_CANNOT_START
+
+
+def set_up_logging() -> None:
+    """Lines that a person can read, on standard error."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    for name in ("httpx", "huggingface_hub", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def run_service(name: str, config: C, serve: "Serve[C]", supervised: bool) -> None:
+    """Serve until SIGTERM or SIGINT. Raises CannotStart, which click prints without a traceback.
+
+    A supervised service prints its address to standard output when it is ready, and ends when its standard input does:
+    it never outlives the `kvbaton up` that started it.
+    """
+    set_up_logging()
+    try:
+        check_environment(name, type(config), os.environ)  # noqa: TID251
+        enabled = tracing_requested(os.environ)  # noqa: TID251
+        shut_down_tracing = setup_tracing(f"kvbaton-{name}", str(os.getpid()), enabled=enabled)
+        try:
+            run(_serve(config, serve, supervised))
+        finally:
+            shut_down_tracing()
+    except Exception as error:
+        cause = root_cause(error)
+        if not isinstance(cause, StartupError):
+            raise
+        raise CannotStart(str(cause)) from error
+
+
+async def _serve(config: C, serve: "Serve[C]", supervised: bool) -> None:
+    stop = termination_event()
+    started: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+    if not supervised:
+        await serve(config, stop, started)
+        return
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(_follow_supervisor(started, stop))
+        await serve(config, stop, started)
+        watching.cancel()
+
+
+async def _follow_supervisor(started: "asyncio.Future[Server]", stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    server = await started
+    sys.stdout.write(f"{server.address}\n")
+    sys.stdout.flush()
+    await reader.read()
+    stop.set()

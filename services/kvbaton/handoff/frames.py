@@ -1,0 +1,115 @@
+"""Which rectangles of KV travel in which frames, and whether all of it has arrived. Pure bookkeeping on both sides.
+
+KV of a layer grows token by token, so for each layer one number says how far it is ready, and one how far it was sent:
+
+    tokens   0 ........ sent ........ ready ........ stop
+             [ on its way ][   pending  ][ not computed ]
+"""
+
+from dataclasses import dataclass
+
+from kvbaton.engine.geometry import KvGeometry
+
+FRAME_BYTES = 1 << 20
+"""Most payload bytes a frame carries; 512 KiB to 1 MiB was measured best, 4 MiB worse (docs/benchmarks.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """Tokens of some consecutive layers."""
+
+    layers: range
+    tokens: range
+
+
+class FramePlanner:
+    """Cuts the KV of tokens `[token_start, token_stop)` into frames, as the layers get ready.
+
+    Consecutive layers share a frame while they fit; a layer that does not fit is cut by tokens. Small frames wait for
+    company until nothing more is to come.
+    """
+
+    def __init__(self, geometry: KvGeometry, token_start: int, token_stop: int, frame_bytes: int = FRAME_BYTES) -> None:
+        """A token of one layer must fit a frame by itself or it makes a larger one."""
+        self._geometry = geometry
+        self._stop = token_stop
+        self._frame_bytes = frame_bytes
+        self._ready = [token_start] * geometry.num_layers
+        self._sent = [token_start] * geometry.num_layers
+
+    def advance(self, layer: int, stop: int) -> None:
+        """Tokens below `stop` are computed in `layer`."""
+        self._ready[layer] = min(max(stop, self._ready[layer]), self._stop)
+
+    @property
+    def all_ready(self) -> bool:
+        """Whether every layer of every token is computed."""
+        return all(ready == self._stop for ready in self._ready)
+
+    @property
+    def all_sent(self) -> bool:
+        """Whether every layer of every token was handed out."""
+        return all(sent == self._stop for sent in self._sent)
+
+    def next(self) -> Rectangle | None:
+        """Hand out the next frame's rectangle; None when nothing is worth a frame yet."""
+        flush = self.all_ready
+        layer = 0
+        while layer < self._geometry.num_layers:
+            stop_layer, size = self._run(layer)
+            if size and (flush or size * 2 >= self._frame_bytes):
+                return self._take(layer, stop_layer)
+            layer = stop_layer
+        return None
+
+    def _run(self, layer: int) -> tuple[int, int]:
+        """The end of the run of layers that begins at `layer` and fits a frame, and its pending bytes."""
+        sent, ready = self._sent[layer], self._ready[layer]
+        size = self._geometry.span_bytes(layer, layer + 1, ready - sent)
+        stop = layer + 1
+        while stop < self._geometry.num_layers and (self._sent[stop], self._ready[stop]) == (sent, ready):
+            more = self._geometry.span_bytes(stop, stop + 1, ready - sent)
+            if size + more > self._frame_bytes:
+                break
+            size += more
+            stop += 1
+        return stop, size
+
+    def _take(self, layer: int, stop_layer: int) -> Rectangle:
+        start, stop = self._sent[layer], self._ready[layer]
+        token_bytes = self._geometry.span_bytes(layer, stop_layer, 1)
+        stop = min(stop, start + max(1, self._frame_bytes // token_bytes))
+        for index in range(layer, stop_layer):
+            self._sent[index] = stop
+        return Rectangle(range(layer, stop_layer), range(start, stop))
+
+
+class Coverage:
+    """What of tokens `[token_start, token_stop)` has arrived: each layer in token order, each token once."""
+
+    def __init__(self, geometry: KvGeometry, token_start: int, token_stop: int) -> None:
+        self._geometry = geometry
+        self._stop = token_stop
+        self._received = [token_start] * geometry.num_layers
+
+    def problem(self, rectangle: Rectangle) -> str | None:
+        """Why a frame with this rectangle must not come next; None when it may. Changes nothing."""
+        layers, tokens = rectangle.layers, rectangle.tokens
+        if not layers or layers.stop > self._geometry.num_layers:
+            return f"layers [{layers.start}, {layers.stop}) of a model with {self._geometry.num_layers}"
+        if not tokens or tokens.stop > self._stop:
+            return f"tokens [{tokens.start}, {tokens.stop}) of a transfer that ends at {self._stop}"
+        for layer in layers:
+            if self._received[layer] != tokens.start:
+                return f"layer {layer} continues at token {self._received[layer]}, the frame begins at {tokens.start}"
+        return None
+
+    def add(self, rectangle: Rectangle) -> None:
+        """Count a frame that `problem` had nothing against."""
+        for layer in rectangle.layers:
+            self._received[layer] = rectangle.tokens.stop
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer of every token has arrived."""
+        return all(received == self._stop for received in self._received)

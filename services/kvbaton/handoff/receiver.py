@@ -1,0 +1,191 @@
+"""The decode side of a transfer: tickets, checks, and the only writes of foreign KV into this worker's memory.
+
+Life of a reservation: `TicketBook.open` (blocks are reserved) -> one or more attempts, each an `IncomingTransfer`, of which
+the newest alone may write -> `applied` once, or `TicketBook.close` at any moment. Frames are written by the thread that
+reads them, while requests end on another: a reservation's lock makes closing wait for a write in progress, so that
+no byte can reach a block that was given to somebody else.
+"""
+
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvbaton.engine.errors import NotFoundError, TransferRejectedError
+from kvbaton.engine.kv_store import KvStore
+from kvbaton.handoff import wire
+from kvbaton.handoff.codec import Frame, RunningDigest, crc32c
+from kvbaton.handoff.frames import Coverage, Rectangle
+from kvbaton.v1 import kv_transfer_pb2 as pb
+from kvbaton.v1 import types_pb2 as types
+
+TICKET_BYTES = 16
+
+Applied = Callable[[int], None]
+"""Told the first token's id when the KV of a reservation is verified and in place."""
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """Blocks that wait for KV."""
+
+    ticket: bytes
+    blocks: Sequence[int]
+    tokens: range
+    """Prompt tokens whose KV must come."""
+    on_applied: Applied
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    attempt: int = 0
+    """The newest attempt; 0 before the first."""
+    closed: bool = False
+
+
+@dataclass(slots=True)
+class ReceiverCounters:
+    """Totals since start."""
+
+    kv_bytes_received: int = 0
+    transfers_applied: int = 0
+    transfers_rejected: int = 0
+
+
+class TicketBook:
+    """All open reservations of a decode worker. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._reservations: dict[bytes, Reservation] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._reservations)
+
+    def open(self, blocks: Sequence[int], tokens: range, on_applied: Applied) -> Reservation:
+        """Make a ticket for reserved blocks."""
+        reservation = Reservation(secrets.token_bytes(TICKET_BYTES), blocks, tokens, on_applied)
+        with self._lock:
+            self._reservations[reservation.ticket] = reservation
+        return reservation
+
+    def find(self, ticket: bytes) -> Reservation:
+        """Raises NotFoundError when the ticket is unknown, used or closed."""
+        with self._lock:
+            reservation = self._reservations.get(ticket)
+        if reservation is None:
+            raise NotFoundError("the ticket is unknown here, used, or its request has ended")
+        return reservation
+
+    def close(self, reservation: Reservation) -> None:
+        """After this returns nothing is written to the reservation's blocks any more. Closing twice is harmless."""
+        with self._lock:
+            self._reservations.pop(reservation.ticket, None)
+        with reservation.lock:
+            reservation.closed = True
+
+
+class IncomingTransfer:
+    """One attempt: checks every message against what was promised, and writes what passes."""
+
+    def __init__(
+        self, book: TicketBook, store: KvStore, fingerprint: types.ModelFingerprint, counters: ReceiverCounters
+    ) -> None:
+        """`store` and `fingerprint` are this worker's own."""
+        self._book = book
+        self._store = store
+        self._fingerprint = fingerprint
+        self._counters = counters
+        self._digest = RunningDigest()
+        self._reservation: Reservation | None = None
+        self._attempt = 0
+        self._num_frames = 0
+        self._payload_bytes = 0
+
+    def begin(self, header: pb.KvHeader) -> str:
+        """Accept a header and return the chosen transport.
+
+        Raises NotFoundError for a bad ticket and TransferRejectedError, naming the field, when the two sides differ.
+        """
+        if self._reservation is not None:
+            raise TransferRejectedError("header: a second one")
+        reservation = self._book.find(header.ticket)
+        problem = wire.fingerprint_problem(self._fingerprint, header.fingerprint)
+        problem = problem or wire.geometry_problem(self._store.geometry, header.geometry)
+        if problem is None and (header.token_start, header.token_stop) != (
+            reservation.tokens.start,
+            reservation.tokens.stop,
+        ):
+            offered, wanted = range(header.token_start, header.token_stop), reservation.tokens
+            problem = f"token range: sender offers {offered}, receiver needs {wanted}"
+        if problem is None and "grpc" not in header.transports:
+            problem = f"transports: sender offers {list(header.transports)}, receiver has ['grpc']"
+        if problem is not None:
+            raise TransferRejectedError(problem)
+        with reservation.lock:
+            if header.attempt <= reservation.attempt:
+                raise TransferRejectedError(f"attempt: {header.attempt} is not above {reservation.attempt}")
+            reservation.attempt = header.attempt
+        self._attempt = header.attempt
+        self._coverage = Coverage(self._store.geometry, header.token_start, header.token_stop)
+        self._reservation = reservation
+        return "grpc"
+
+    def write(self, frame: Frame) -> None:
+        """Verify a frame and copy its payload into the reserved blocks.
+
+        Raises TransferRejectedError when anything is wrong with it, or when the attempt or the request is over.
+        """
+        reservation, info = self._begun(), frame.info
+        rectangle = Rectangle(range(info.layer_start, info.layer_stop), range(info.token_start, info.token_stop))
+        if info.attempt != self._attempt:
+            raise TransferRejectedError(f"frame.attempt: {info.attempt} within attempt {self._attempt}")
+        if info.number != self._num_frames:
+            raise TransferRejectedError(f"frame.number: {info.number} where {self._num_frames} must come")
+        problem = self._coverage.problem(rectangle)
+        if problem is not None:
+            raise TransferRejectedError(f"frame {info.number}: {problem}")
+        layers, tokens = rectangle.layers, rectangle.tokens
+        expected = self._store.geometry.span_bytes(layers.start, layers.stop, len(tokens))
+        if len(frame.payload) != expected:
+            raise TransferRejectedError(f"frame.payload: {len(frame.payload)} bytes where {expected} must come")
+        if crc32c([frame.payload]) != info.crc32c:
+            raise TransferRejectedError(f"frame.crc32c: frame {info.number} was damaged on its way")
+        with reservation.lock:
+            self._check_current(reservation)
+            self._store.write(layers, reservation.blocks, tokens, frame.payload)
+        self._coverage.add(rectangle)
+        self._digest.add(info)
+        self._num_frames += 1
+        self._payload_bytes += expected
+        self._counters.kv_bytes_received += expected
+
+    def commit(self, commit: pb.KvCommit) -> pb.KvApplied:
+        """Verify the whole and hand the KV over to the engine. The ticket is used up.
+
+        Raises TransferRejectedError when anything is missing or differs; the KV is then never used.
+        """
+        reservation = self._begun()
+        if not self._coverage.complete:
+            raise TransferRejectedError("commit: not all layers of all tokens have arrived")
+        if (commit.num_frames, commit.payload_bytes) != (self._num_frames, self._payload_bytes):
+            sent, got = (commit.num_frames, commit.payload_bytes), (self._num_frames, self._payload_bytes)
+            raise TransferRejectedError(f"commit: frames and bytes sent {sent}, received {got}")
+        if commit.digest != self._digest.value():
+            raise TransferRejectedError("commit.digest: differs from what was received")
+        with reservation.lock:
+            self._check_current(reservation)
+            # Closed from here on: nothing may write to blocks that are being decoded on.
+            reservation.closed = True
+        self._book.close(reservation)
+        self._counters.transfers_applied += 1
+        reservation.on_applied(commit.first_token_id)
+        return pb.KvApplied(num_frames=self._num_frames, payload_bytes=self._payload_bytes)
+
+    def _begun(self) -> Reservation:
+        if self._reservation is None:
+            raise TransferRejectedError("header: must come first")
+        return self._reservation
+
+    def _check_current(self, reservation: Reservation) -> None:
+        if reservation.closed:
+            raise TransferRejectedError("the request has ended")
+        if reservation.attempt != self._attempt:
+            raise TransferRejectedError(f"attempt {self._attempt} was replaced by {reservation.attempt}")

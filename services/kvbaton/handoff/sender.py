@@ -1,0 +1,230 @@
+"""The prefill side of a transfer: KV leaves layer by layer while the forward pass still runs.
+
+`OutgoingTransfer` is told by the engine's thread what is ready; `send` runs on the event loop that KV has to itself, copies
+from blocks that stay held until it returns, and is paced by HTTP/2 flow control: what waits is a few numbers, not bytes.
+"""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from kvbaton.engine.errors import NotFoundError, TransferRejectedError, UnavailableError
+from kvbaton.engine.geometry import KvGeometry
+from kvbaton.engine.kv_store import KvStore
+from kvbaton.handoff import wire
+from kvbaton.handoff.clock import wall_ns
+from kvbaton.handoff.codec import RunningDigest, crc32c, encode_frame, encode_message
+from kvbaton.handoff.frames import FramePlanner, Rectangle
+from kvbaton.v1 import kv_transfer_pb2 as pb
+from kvbaton.v1 import types_pb2 as types
+
+METHOD = "/kvbaton.v1.KvTransferService/Transfer"
+
+# While the prompt is being computed nothing moves on the stream, so only the answers to what was sent are timed.
+ANSWER_TIMEOUT_SECONDS = 10.0
+"""Longest wait for the receiver's Ready and Applied."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where KV goes."""
+
+    endpoint: str
+    ticket: bytes
+    attempt: int
+    tokens: range
+    """Prompt tokens whose KV the receiver lacks."""
+
+
+@dataclass(slots=True)
+class SenderCounters:
+    """Totals since start."""
+
+    kv_bytes_sent: int = 0
+    transfers_applied: int = 0
+    transfers_rejected: int = 0
+
+
+@dataclass(slots=True)
+class TransferReport:
+    """What one transfer moved. Times are Unix nanoseconds; 0 where the event never came."""
+
+    payload_bytes: int = 0
+    frames: int = 0
+    first_frame_ns: int = 0
+    computed_ns: int = 0
+    applied_ns: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """From the first frame's departure to Applied."""
+        return max(0, self.applied_ns - self.first_frame_ns) / 1e9
+
+    @property
+    def overlapped_share(self) -> float:
+        """The part of `seconds` that passed before the forward pass was done, 0 to 1."""
+        whole = self.applied_ns - self.first_frame_ns
+        hidden = min(self.computed_ns, self.applied_ns) - self.first_frame_ns
+        return min(1.0, max(0.0, hidden / whole)) if whole > 0 else 0.0
+
+
+class OutgoingTransfer:
+    """Progress of one prompt's KV, written by the engine's thread and read by the sender's loop."""
+
+    def __init__(self, geometry: KvGeometry, tokens: range) -> None:
+        """`tokens` are those that the receiver lacks."""
+        self.report = TransferReport()
+        self.blocks: Sequence[int] = ()
+        self.first_token_id: int | None = None
+        self._planner = FramePlanner(geometry, tokens.start, tokens.stop)
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed = asyncio.Event()
+        self._wake_pending = False
+
+    def layer_ready(self, layer: int, stop: int, blocks: Sequence[int]) -> None:
+        """Engine's thread: tokens below `stop` of `layer` are in `blocks`."""
+        with self._lock:
+            self.blocks = blocks
+            self._planner.advance(layer, stop)
+            self._wake()
+
+    def first_token(self, token_id: int) -> None:
+        """Engine's thread: the prompt is computed and its first token sampled."""
+        with self._lock:
+            self.report.computed_ns = wall_ns()
+            self.first_token_id = token_id
+            self._wake()
+
+    def attach(self) -> None:
+        """Sender's loop: changes are announced here from now on."""
+        with self._lock:
+            self._loop = asyncio.get_running_loop()
+
+    async def next(self) -> Rectangle | None:
+        """Sender's loop: the next rectangle to send; None when all was handed out and the first token is known."""
+        while True:
+            with self._lock:
+                self._changed.clear()
+                self._wake_pending = False
+                rectangle = self._planner.next()
+                if rectangle is not None:
+                    return rectangle
+                if self._planner.all_sent and self.first_token_id is not None:
+                    return None
+            await self._changed.wait()
+
+    def _wake(self) -> None:
+        # One wake-up is enough for any number of layers; each costs a system call.
+        if self._loop is not None and not self._wake_pending:
+            self._wake_pending = True
+            self._loop.call_soon_threadsafe(self._changed.set)
+
+
+class KvSender:
+    """Sends transfers from one store."""
+
+    def __init__(
+        self, store: KvStore, fingerprint: types.ModelFingerprint, host: types.HostIdentity, counters: SenderCounters
+    ) -> None:
+        """`fingerprint` and `host` are this worker's own."""
+        self._store = store
+        self._fingerprint = fingerprint
+        self._host = host
+        self._counters = counters
+
+    async def send(
+        self, channel: grpc.aio.Channel, target: Target, outgoing: OutgoingTransfer, timeout: float | None
+    ) -> TransferReport:
+        """Move everything to `target` and return once it was applied. `timeout` is the request's, in seconds.
+
+        Raises TransferRejectedError, NotFoundError (ticket), UnavailableError (receiver lost) or TimeoutError.
+        """
+        outgoing.attach()
+        method = channel.stream_stream(METHOD, response_deserializer=pb.TransferResponse.FromString)
+        call = method(timeout=timeout)
+        try:
+            await call.write(encode_message(self._header(target)))
+            await self._answer(call, "ready", target)
+            await self._frames(call, target, outgoing)
+            await call.done_writing()
+            await self._answer(call, "applied", target)
+            outgoing.report.applied_ns = wall_ns()
+            self._counters.transfers_applied += 1
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            # A write to a stream that the receiver has ended fails before its reason was read.
+            await self._answer(call, "applied", target)
+            raise UnavailableError(f"decode worker {target.endpoint} ended the transfer") from error
+        finally:
+            call.cancel()
+        return outgoing.report
+
+    async def _frames(
+        self, call: "grpc.aio.StreamStreamCall[bytes, pb.TransferResponse]", target: Target, outgoing: OutgoingTransfer
+    ) -> None:
+        digest, report = RunningDigest(), outgoing.report
+        while (rectangle := await outgoing.next()) is not None:
+            layers, tokens = rectangle.layers, rectangle.tokens
+            parts = self._store.read(layers, outgoing.blocks, tokens)
+            info = pb.FrameInfo(
+                number=report.frames,
+                attempt=target.attempt,
+                layer_start=layers.start,
+                layer_stop=layers.stop,
+                token_start=tokens.start,
+                token_stop=tokens.stop,
+                crc32c=crc32c(parts),
+            )
+            digest.add(info)
+            report.first_frame_ns = report.first_frame_ns or wall_ns()
+            await call.write(encode_frame(info, parts))
+            size = sum(len(part) for part in parts)
+            report.frames += 1
+            report.payload_bytes += size
+            self._counters.kv_bytes_sent += size
+        assert outgoing.first_token_id is not None
+        commit = pb.KvCommit(
+            first_token_id=outgoing.first_token_id,
+            num_frames=report.frames,
+            payload_bytes=report.payload_bytes,
+            digest=digest.value(),
+        )
+        await call.write(encode_message(commit))
+
+    async def _answer(
+        self, call: "grpc.aio.StreamStreamCall[bytes, pb.TransferResponse]", expected: str, target: Target
+    ) -> None:
+        peer = f"decode worker {target.endpoint}"
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                answer = await call.read()
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                raise NotFoundError(f"{peer}: {error.details()}") from error
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise TimeoutError(f"{peer}: {error.details()}") from error
+            raise UnavailableError(f"{peer}: {error.details()}") from error
+        except TimeoutError as error:
+            raise UnavailableError(f"{peer} gave no answer for {ANSWER_TIMEOUT_SECONDS:.0f} s") from error
+        if not isinstance(answer, pb.TransferResponse):
+            raise UnavailableError(f"{peer} ended the transfer without an answer")
+        if answer.HasField("rejected"):
+            self._counters.transfers_rejected += 1
+            raise TransferRejectedError(f"{peer}: {answer.rejected.reason}")
+        if answer.WhichOneof("message") != expected:
+            raise UnavailableError(f"{peer} answered {answer.WhichOneof('message')} where {expected} must come")
+
+    def _header(self, target: Target) -> pb.KvHeader:
+        return pb.KvHeader(
+            ticket=target.ticket,
+            attempt=target.attempt,
+            fingerprint=self._fingerprint,
+            geometry=wire.geometry_to_proto(self._store.geometry),
+            token_start=target.tokens.start,
+            token_stop=target.tokens.stop,
+            transports=["grpc"],
+            host=self._host,
+        )

@@ -1,0 +1,42 @@
+"""The protobuf faces of values that both ends of a transfer compare."""
+
+from kvbaton.engine.geometry import KvGeometry, LayerGeometry
+from kvbaton.v1 import types_pb2 as types
+
+
+def geometry_to_proto(geometry: KvGeometry) -> types.KvGeometry:
+    """Layer groups in model order."""
+    return types.KvGeometry(
+        dtype=geometry.dtype,
+        layer_groups=[
+            types.LayerGroup(
+                num_layers=count,
+                num_kv_heads=layer.num_kv_heads,
+                k_head_dim=layer.k_head_dim,
+                v_head_dim=layer.v_head_dim,
+            )
+            for count, layer in geometry.groups()
+        ],
+    )
+
+
+def fingerprint_problem(ours: types.ModelFingerprint, theirs: types.ModelFingerprint) -> str | None:
+    """The first field in which two models differ, with both values; None when they are the same."""
+    for field in ("architecture", "weights_digest", "kv_dtype"):
+        mine, other = getattr(ours, field), getattr(theirs, field)
+        if mine != other:
+            return f"fingerprint.{field}: sender has {other!r}, receiver {mine!r}"
+    return None
+
+
+def geometry_problem(ours: KvGeometry, theirs: types.KvGeometry) -> str | None:
+    """Where a sender's geometry differs from ours; None when it is the same."""
+    if theirs.dtype != ours.dtype:
+        return f"geometry.dtype: sender has {theirs.dtype!r}, receiver {ours.dtype!r}"
+    groups = [
+        (group.num_layers, LayerGeometry(group.num_kv_heads, group.k_head_dim, group.v_head_dim))
+        for group in theirs.layer_groups
+    ]
+    if groups != ours.groups():
+        return f"geometry.layer_groups: sender has {groups}, receiver {ours.groups()}"
+    return None

@@ -1,0 +1,14 @@
+"""Options of a prefill worker."""
+
+from dataclasses import dataclass
+
+from kvbaton.rpc.config import option
+from kvbaton.worker.config import WorkerConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig(WorkerConfig):
+    """Options of `kvbaton prefill`."""
+
+    port: int = option(7100, "Port for routers; 0 takes a free one.")
+    max_prefill_tokens: int = option(2048, "Prompt tokens computed in one step; longer prompts go in chunks.")

@@ -1,0 +1,190 @@
+"""PrefillService: computes prompts and hands their KV over.
+
+A request here: submit to the engine and open the transfer at once -> the engine's thread reports layers to the
+`OutgoingTransfer`, which the KV loop sends -> the first token goes to the router -> Applied -> blocks are freed. When the
+stream ends in any other way, the transfer is stopped first, and only then are the blocks freed that it reads from.
+"""
+
+import asyncio
+import itertools
+
+import grpc
+
+from kvbaton.engine.errors import InvalidArgumentError
+from kvbaton.engine.request import Request, Route
+from kvbaton.engine.scheduler import Batch, TokenSampled
+from kvbaton.engine.tokens import unpack_token_ids
+from kvbaton.handoff.peers import PeerChannels
+from kvbaton.handoff.receiver import TICKET_BYTES
+from kvbaton.handoff.sender import KvSender, OutgoingTransfer, Target, TransferReport
+from kvbaton.rpc import telemetry
+from kvbaton.rpc.sampling import FINISH_REASONS, complete_sampling_from_proto
+from kvbaton.rpc.serving import Registration, parse_address
+from kvbaton.text.detokenizer import IncrementalDetokenizer
+from kvbaton.v1 import prefill_pb2 as pb
+from kvbaton.v1 import types_pb2 as types
+from kvbaton.v1.prefill_pb2_grpc import PrefillServiceServicer, add_PrefillServiceServicer_to_server
+from kvbaton.worker.engine_thread import RequestHandle
+from kvbaton.worker.loop_thread import LoopThread
+from kvbaton.worker.runtime import WorkerRuntime
+from kvbaton.worker.spans import record_phase, seconds_between
+
+
+class OutgoingTransfers:
+    """The transfers that the engine's thread reports layers to, by the engine's request id."""
+
+    def __init__(self) -> None:
+        self._transfers: dict[str, OutgoingTransfer] = {}
+
+    def add(self, request_id: str, transfer: OutgoingTransfer) -> None:
+        """Report the request's layers to `transfer` from now on."""
+        self._transfers[request_id] = transfer
+
+    def remove(self, request_id: str) -> None:
+        """Report to nobody any more."""
+        self._transfers.pop(request_id, None)
+
+    def layer_done(self, batch: Batch, layer: int) -> None:
+        """Engine's thread: a layer's KV of `batch` is in the store."""
+        for piece in batch.slices:
+            transfer = self._transfers.get(piece.request.request_id)
+            if transfer is not None:
+                transfer.layer_ready(layer, piece.start + piece.num_tokens, piece.request.blocks)
+
+
+class PrefillServicer(PrefillServiceServicer):
+    """The RPC shell around one runtime and one sender."""
+
+    def __init__(
+        self,
+        runtime: WorkerRuntime,
+        transfers: OutgoingTransfers,
+        sender: KvSender,
+        peers: PeerChannels,
+        kv_thread: LoopThread,
+    ) -> None:
+        """`sender` and `peers` are used on `kv_thread` only."""
+        self._runtime = runtime
+        self._transfers = transfers
+        self._sender = sender
+        self._peers = peers
+        self._kv_thread = kv_thread
+        # Request ids are the clients' and may repeat; the engine's may not.
+        self._serial = itertools.count()
+
+    @property
+    def registration(self) -> Registration:
+        """What a server needs to offer this service."""
+        return Registration(
+            "kvbaton.v1.PrefillService", lambda server: add_PrefillServiceServicer_to_server(self, server)
+        )
+
+    async def Prefill(  # type: ignore[override]
+        self,
+        request: pb.PrefillRequest,
+        context: "grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillResponse]",
+    ) -> None:
+        """See the proto."""
+        prompt = unpack_token_ids(request.prompt_token_ids, "prompt_token_ids")
+        sampling = complete_sampling_from_proto(request.sampling)
+        target = _target(request.target, len(prompt))
+        transfer = OutgoingTransfer(self._runtime.store.geometry, target.tokens)
+        handle = RequestHandle(f"{request.request_id}/{next(self._serial)}", transfer.first_token)
+        self._transfers.add(handle.request_id, transfer)
+        finished = False
+        try:
+            self._runtime.engine.submit(handle, prompt, sampling, Route.HAND_OFF)
+            async with asyncio.TaskGroup() as group:
+                sending = group.create_task(self._send(target, transfer, context.time_remaining()))
+                first = (await handle.next_tokens())[0]
+                await context.write(pb.PrefillResponse(first_token=self._token_event(first)))
+                if first.finish_reason is not None:
+                    sending.cancel()
+            report = None if first.finish_reason is not None else sending.result()
+            finished = True
+            _record_spans(first.request, report)
+            await context.write(pb.PrefillResponse(finished=_finished(first.request, report)))
+        finally:
+            self._transfers.remove(handle.request_id)
+            self._runtime.engine.remove(handle, finished=finished)
+
+    async def _send(self, target: Target, transfer: OutgoingTransfer, timeout: float | None) -> TransferReport:
+        async def send() -> TransferReport:
+            channel = await self._peers.get(target.endpoint)
+            return await self._sender.send(channel, target, transfer, timeout)
+
+        return await self._kv_thread.call(send())
+
+    def _token_event(self, first: TokenSampled) -> types.TokenEvent:
+        detokenizer = IncrementalDetokenizer(self._runtime.tokenizer, first.request.prompt)
+        text = detokenizer.push([first.token_id])
+        if first.finish_reason is not None:
+            text += detokenizer.flush()
+        return types.TokenEvent(
+            first_index=first.index,
+            token_ids=[first.token_id],
+            text=text,
+            finish_reason=FINISH_REASONS[first.finish_reason],
+        )
+
+
+def _target(target: pb.TransferTarget, num_prompt: int) -> Target:
+    if len(target.ticket) != TICKET_BYTES:
+        raise InvalidArgumentError("target.ticket", f"{len(target.ticket)} bytes are not {TICKET_BYTES}")
+    if target.num_cached_tokens >= num_prompt:
+        problem = f"{target.num_cached_tokens} of {num_prompt} prompt tokens leave nothing to send"
+        raise InvalidArgumentError("target.num_cached_tokens", problem)
+    if target.attempt < 1:
+        raise InvalidArgumentError("target.attempt", f"{target.attempt} is not 1 or more")
+    try:
+        parse_address(target.endpoint)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError("target.endpoint", str(error)) from error
+    return Target(
+        endpoint=target.endpoint,
+        ticket=target.ticket,
+        attempt=target.attempt,
+        tokens=range(target.num_cached_tokens, num_prompt),
+    )
+
+
+def _finished(request: Request, report: TransferReport | None) -> pb.PrefillFinished:
+    passed = request.milestones
+    finished = pb.PrefillFinished(
+        queue_seconds=seconds_between(passed.arrived, passed.prefill_started),
+        compute_seconds=seconds_between(passed.prefill_started, passed.prefill_ended),
+    )
+    if report is not None:
+        finished.transfer.CopyFrom(
+            types.TransferStats(
+                transport="grpc",
+                payload_bytes=report.payload_bytes,
+                frames=report.frames,
+                seconds=report.seconds,
+                overlapped_share=report.overlapped_share,
+            )
+        )
+    return finished
+
+
+def _record_spans(request: Request, report: TransferReport | None) -> None:
+    passed = request.milestones
+    record_phase(telemetry.SPAN_PREFILL_QUEUE, passed.arrived, passed.prefill_started)
+    record_phase(
+        telemetry.SPAN_PREFILL_COMPUTE,
+        passed.prefill_started,
+        passed.prefill_ended,
+        {telemetry.ATTR_PROMPT_TOKENS: request.num_prompt},
+    )
+    if report is not None:
+        telemetry.record_span(
+            telemetry.SPAN_KV_TRANSFER,
+            report.first_frame_ns,
+            report.applied_ns,
+            {
+                telemetry.ATTR_TRANSFER_BYTES: report.payload_bytes,
+                telemetry.ATTR_TRANSFER_FRAMES: report.frames,
+                telemetry.ATTR_TRANSFER_TRANSPORT: "grpc",
+                telemetry.ATTR_TRANSFER_OVERLAPPED_SHARE: report.overlapped_share,
+            },
+        )

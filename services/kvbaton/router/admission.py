@@ -1,0 +1,104 @@
+"""From a client's request to one that workers can be asked: everything is checked here, before any of them is."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvbaton.engine.errors import InvalidArgumentError
+from kvbaton.engine.sampling import MAX_SEED, SamplingParams
+from kvbaton.engine.tokens import unpack_token_ids
+from kvbaton.rpc.sampling import sampling_from_proto
+from kvbaton.text.tokenizer import Tokenizer
+from kvbaton.v1 import inference_pb2 as pb
+from kvbaton.v1 import types_pb2 as types
+
+MAX_REQUEST_ID = 128
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class AdmittedRequest:
+    """A request in the workers' terms."""
+
+    request_id: str
+    prompt: Sequence[int]
+    sampling: SamplingParams
+
+
+def admit(
+    request: pb.GenerateRequest, prompt: Sequence[int], model: types.ModelInfo, default_max_tokens: int
+) -> AdmittedRequest:
+    """Check everything but the prompt's form, which `prompt_token_ids` did, and fill in defaults.
+
+    Raises InvalidArgumentError that names the field.
+    """
+    request_id = _request_id(request.request_id)
+    check_prompt(prompt, model)
+    left = model.max_model_len - len(prompt)
+    if left < 1:
+        problem = f"{len(prompt)} tokens leave no room in the model's context of {model.max_model_len}"
+        raise InvalidArgumentError("prompt", problem)
+    if request.sampling.max_tokens > left:
+        problem = f"{request.sampling.max_tokens} and {len(prompt)} prompt tokens exceed {model.max_model_len}"
+        raise InvalidArgumentError("max_tokens", f"{problem}, the model's context")
+    for token_id in request.sampling.stop_token_ids:
+        if token_id >= model.vocab_size:
+            raise InvalidArgumentError("stop_token_ids", f"{token_id} is not below {model.vocab_size}")
+    sampling = sampling_from_proto(
+        request.sampling, max_tokens=min(left, default_max_tokens), seed=secrets.randbelow(MAX_SEED + 1)
+    )
+    return AdmittedRequest(request_id, prompt, sampling)
+
+
+def check_model(name: str, model: types.ModelInfo) -> None:
+    """Raises InvalidArgumentError unless `name` is the served model's, or empty."""
+    if name and name != model.name:
+        raise InvalidArgumentError("model", f"{name!r} is not served here; {model.name!r} is")
+
+
+def check_prompt(prompt: Sequence[int], model: types.ModelInfo) -> None:
+    """Raises InvalidArgumentError for an empty prompt or a token that the model does not have."""
+    if not prompt:
+        raise InvalidArgumentError("prompt", "is empty")
+    largest = max(prompt)
+    if largest >= model.vocab_size:
+        raise InvalidArgumentError("prompt.tokens", f"token id {largest} is not below {model.vocab_size}")
+
+
+def prompt_token_ids(prompt: pb.Prompt, tokenizer: Tokenizer | None) -> list[int]:
+    """Tokens of any kind of prompt. Raises InvalidArgumentError that names what is wrong."""
+    match prompt.WhichOneof("kind"):
+        case "tokens":
+            return unpack_token_ids(prompt.tokens.token_ids, "prompt.tokens")
+        case "text":
+            if not prompt.text:
+                raise InvalidArgumentError("prompt.text", "is empty")
+            return _need(tokenizer, "prompt.text").encode(prompt.text)
+        case "chat":
+            _check_messages(prompt.chat)
+            messages = [{"role": m.role, "content": m.content} for m in prompt.chat.messages]
+            return _need(tokenizer, "prompt.chat").encode_chat(messages)
+        case _:
+            raise InvalidArgumentError("prompt", "is missing: set text, tokens or chat")
+
+
+def _check_messages(chat: pb.ChatPrompt) -> None:
+    if not chat.messages:
+        raise InvalidArgumentError("prompt.chat.messages", "is empty")
+    for index, message in enumerate(chat.messages):
+        if message.role not in _ROLES:
+            problem = f"{message.role!r} is not one of {', '.join(_ROLES)}"
+            raise InvalidArgumentError(f"prompt.chat.messages[{index}].role", problem)
+
+
+def _need(tokenizer: Tokenizer | None, field: str) -> Tokenizer:
+    if tokenizer is None:
+        raise InvalidArgumentError(field, "the model has no tokenizer; send token ids")
+    return tokenizer
+
+
+def _request_id(request_id: str) -> str:
+    if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
+        problem = f"must be at most {MAX_REQUEST_ID} printable characters"
+        raise InvalidArgumentError("request_id", problem)
+    return request_id or f"req-{secrets.token_hex(8)}"

@@ -1,0 +1,156 @@
+"""The workers a router knows: found by dialling them, alive while their status stream is.
+
+Life of an entry: dialled -> first status (role and model are checked) -> usable -> the stream ends: not usable, dialled
+again. Before a first usable pair exists a contradiction ends the router, since somebody mixed up addresses or models; after
+that, a worker that contradicts is left out and named, since a mistake in one rollout must not end a working service.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+
+from kvbaton.engine.errors import StartupError
+from kvbaton.router.policy import Candidate, Choice, choose_pair
+from kvbaton.v1 import types_pb2 as types
+from kvbaton.v1 import worker_pb2 as pb
+from kvbaton.v1.worker_pb2_grpc import WorkerServiceStub
+
+logger = logging.getLogger(__name__)
+
+PREFILL, DECODE = pb.WORKER_ROLE_PREFILL, pb.WORKER_ROLE_DECODE
+_ROLE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
+_STATUS_INTERVAL_SECONDS = 0.25
+_REDIAL_SECONDS = 0.25
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One configured worker and what is known of it."""
+
+    address: str
+    role: pb.WorkerRole
+    channel: grpc.aio.Channel
+    status: pb.WorkerStatus | None = None
+    connected: bool = False
+    problem: str = "not connected yet"
+    num_in_flight: int = 0
+    tokens_in_flight: int = 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests may go there."""
+        return self.connected and not self.problem
+
+    @contextlib.contextmanager
+    def carrying(self, num_tokens: int) -> Iterator[None]:
+        """Count a request of `num_tokens` prompt tokens as in flight for the length of the block."""
+        self.num_in_flight += 1
+        self.tokens_in_flight += num_tokens
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
+            self.tokens_in_flight -= num_tokens
+
+    def candidate(self) -> Candidate:
+        """The worker as the policy sees it."""
+        queued = self.status.queues.num_waiting if self.status is not None else 0
+        return Candidate(self.address, self.num_in_flight, self.tokens_in_flight, queued)
+
+
+@dataclass(slots=True)
+class Registry:
+    """All configured workers. Belongs to one event loop."""
+
+    workers: Sequence[Worker]
+    on_readiness: Callable[[bool], None]
+    """Told whenever the router becomes ready, or stops being so."""
+    model: types.ModelInfo | None = None
+    """What the workers serve; known from the first status on."""
+    _was_ready: bool = False
+    _ready: bool = False
+    _rng: random.Random = field(default_factory=random.Random)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a usable worker of each role."""
+        return self._ready
+
+    def choose(self) -> tuple[Worker, Worker, Choice]:
+        """The prefill and the decode worker for a request. Raises UnavailableError when a role has none."""
+        usable = {role: [w for w in self.workers if w.role == role and w.usable] for role in (PREFILL, DECODE)}
+        choice = choose_pair(
+            [w.candidate() for w in usable[PREFILL]], [w.candidate() for w in usable[DECODE]], self._rng
+        )
+        by_address = {(w.role, w.address): w for w in self.workers}
+        return by_address[PREFILL, choice.prefill], by_address[DECODE, choice.decode], choice
+
+    async def watch_all(self) -> None:
+        """Follow every worker until cancelled. Raises StartupError as the module says."""
+        async with asyncio.TaskGroup() as group:
+            for worker in self.workers:
+                group.create_task(self._watch(worker))
+
+    def update(self, worker: Worker, status: pb.WorkerStatus) -> None:
+        """Take in a worker's report. Raises StartupError for a contradiction before the router was ever ready."""
+        restarted = worker.status is not None and worker.status.incarnation != status.incarnation
+        newly = not worker.connected or restarted
+        worker.status, worker.connected = status, True
+        problem = self._contradiction(worker, status)
+        if problem and not self._was_ready:
+            raise StartupError(problem)
+        worker.problem = problem or ("draining" if status.draining else "")
+        if newly:
+            level = logging.ERROR if problem else logging.INFO
+            logger.log(level, "%s worker %s %s", _ROLE_NAMES[worker.role], worker.address, problem or "connected")
+        self._check_readiness()
+
+    def lost(self, worker: Worker, reason: str) -> None:
+        """A worker's status stream has ended."""
+        if worker.connected:
+            logger.warning("%s worker %s lost: %s", _ROLE_NAMES[worker.role], worker.address, reason)
+        worker.connected = False
+        worker.problem = f"not connected: {reason}"
+        self._check_readiness()
+
+    def _contradiction(self, worker: Worker, status: pb.WorkerStatus) -> str:
+        if status.role != worker.role:
+            wanted = _ROLE_NAMES[worker.role]
+            return f"--{wanted} {worker.address}: is a {_ROLE_NAMES.get(status.role, 'nameless')} worker"
+        if self.model is None:
+            self.model = status.model
+            return ""
+        ours, theirs = self.model, status.model
+        for what, mine, other in (
+            ("model", ours.name, theirs.name),
+            ("architecture", ours.fingerprint.architecture, theirs.fingerprint.architecture),
+            ("weights", ours.fingerprint.weights_digest, theirs.fingerprint.weights_digest),
+            ("KV dtype", ours.fingerprint.kv_dtype, theirs.fingerprint.kv_dtype),
+        ):
+            if mine != other:
+                return f"{worker.address} serves {what} {other!r}, the other workers {mine!r}"
+        return ""
+
+    def _check_readiness(self) -> None:
+        ready = all(any(w.usable for w in self.workers if w.role == role) for role in (PREFILL, DECODE))
+        if ready != self._ready:
+            self._ready = ready
+            self._was_ready = self._was_ready or ready
+            self.on_readiness(ready)
+
+    async def _watch(self, worker: Worker) -> None:
+        stub = WorkerServiceStub(worker.channel)
+        request = pb.WatchStatusRequest(min_interval_seconds=_STATUS_INTERVAL_SECONDS)
+        while True:
+            try:
+                async for status in stub.WatchStatus(request, wait_for_ready=True):
+                    self.update(worker, status)
+                self.lost(worker, "it ended its status stream")
+            except grpc.aio.AioRpcError as error:
+                self.lost(worker, error.details() or error.code().name)
+            await asyncio.sleep(_REDIAL_SECONDS)

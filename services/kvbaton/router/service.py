@@ -1,0 +1,68 @@
+"""A router, from its options to its end."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from kvbaton.engine.errors import InvalidArgumentError, StartupError
+from kvbaton.router.config import RouterConfig
+from kvbaton.router.registry import DECODE, PREFILL, Registry, Worker
+from kvbaton.router.servicer import AdminServicer, InferenceServicer
+from kvbaton.rpc.serving import Server, channel, parse_address, serving
+from kvbaton.text.bundled import resolve_model
+from kvbaton.text.tokenizer import load_tokenizer
+from kvbaton.v1.worker_pb2 import WorkerRole
+
+logger = logging.getLogger(__name__)
+
+
+async def serve_router(config: RouterConfig, stop: asyncio.Event, started: "asyncio.Future[Server]") -> None:
+    """Serve until `stop` is set, drain. `started` gets the server when it listens.
+
+    Health says SERVING while there is a usable pair of workers. Raises StartupError when the router cannot start, or when
+    its workers turn out to contradict each other before it was ever ready.
+    """
+    workers = _workers(config.prefill, PREFILL, "prefill") + _workers(config.decode, DECODE, "decode")
+    readiness = asyncio.Event()
+    registry = Registry(workers, on_readiness=lambda _: readiness.set())
+    tokenizer = load_tokenizer(resolve_model(config.model))
+    inference, admin = InferenceServicer(config, registry, tokenizer), AdminServicer(registry)
+    services = [inference.registration, admin.registration]
+    try:
+        async with serving(services, config.host, config.port, grace_seconds=config.grace_seconds) as server:
+            await server.set_serving(False)
+            logger.info("router listening on %s, waiting for workers", server.address)
+            started.set_result(server)
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(registry.watch_all())
+                announcing = group.create_task(_announce(server, registry, readiness))
+                await stop.wait()
+                watching.cancel()
+                announcing.cancel()
+    finally:
+        for worker in workers:
+            await worker.channel.close()
+
+
+async def _announce(server: Server, registry: Registry, changed: asyncio.Event) -> None:
+    while True:
+        await changed.wait()
+        changed.clear()
+        await server.set_serving(registry.ready)
+        if registry.ready and registry.model is not None:
+            logger.info("router ready on %s, serving %s", server.address, registry.model.name)
+        else:
+            logger.warning("router not ready: no usable pair of workers")
+
+
+def _workers(addresses: Sequence[str], role: WorkerRole, option: str) -> list[Worker]:
+    if not addresses:
+        raise StartupError(f"--{option}: name at least one worker, as host:port")
+    if len(set(addresses)) != len(addresses):
+        raise StartupError(f"--{option}: a worker is named twice")
+    for address in addresses:
+        try:
+            parse_address(address)
+        except InvalidArgumentError as error:
+            raise StartupError(f"--{option}: {error}") from error
+    return [Worker(address, role, channel(address)) for address in addresses]

@@ -1,0 +1,66 @@
+"""Text to tokens and back: a thin, typed face on `transformers`' tokenizers."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from kvbaton.engine.errors import InvalidArgumentError, StartupError
+
+logger = logging.getLogger(__name__)
+
+REPLACEMENT = "\ufffd"
+"""What a decoder puts out for bytes that are no character, or not yet one."""
+
+
+class Tokenizer:
+    """One model's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer` is a `transformers` PreTrainedTokenizerBase."""
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a plain prompt, with the special tokens that the model expects around it."""
+        token_ids: list[int] = self._tokenizer(text)["input_ids"]
+        return token_ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a conversation, ready for the assistant's turn.
+
+        Raises InvalidArgumentError when the model has no chat template or the template refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise InvalidArgumentError("prompt.chat", "the model has no chat template; send text or token ids")
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except Exception as error:
+            # Templates are the model's own programs and raise what they like; the messages are the caller's.
+            raise InvalidArgumentError("prompt.chat", f"the model's chat template refused it: {error}") from error
+        token_ids: list[int] = encoded["input_ids"]
+        return token_ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special ones left out."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+
+def load_tokenizer(path: str) -> Tokenizer | None:
+    """The tokenizer of a local directory or hub name; None when a local directory has none.
+
+    Raises StartupError when there is one and it cannot be loaded.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any(folder.glob("*token*")):
+        logger.warning("%s has no tokenizer: only token ids are served", path)
+        return None
+    try:
+        return Tokenizer(AutoTokenizer.from_pretrained(path))
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StartupError(f"tokenizer of {path!r} cannot be loaded: {first_line}") from error

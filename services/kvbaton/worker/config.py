@@ -1,0 +1,22 @@
+"""What both kinds of worker can be told."""
+
+from dataclasses import dataclass
+
+from kvbaton.rpc.config import option
+from kvbaton.text.bundled import DEFAULT_MODEL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """Options that prefill and decode workers share."""
+
+    model: str = option(DEFAULT_MODEL, "Model: a local directory, a hub name, or the bundled baton-tiny.")
+    served_model_name: str = option("", "Name that requests use. Default: the last part of --model.")
+    dtype: str = option("auto", "Element type of weights and KV.", ("auto", "float32", "bfloat16"))
+    device: str = option("cpu", "Where to compute: cpu, cuda or cuda:N.")
+    threads: int = option(1, "Threads of computation on a CPU.")
+    block_size: int = option(16, "Tokens in one KV block.")
+    kv_memory: str = option("1GiB", "Memory for the KV pool, for example 512MiB.")
+    max_waiting: int = option(1024, "Requests that may wait for KV blocks before new ones are refused.")
+    host: str = option("127.0.0.1", "Address to listen on.")
+    grace_seconds: float = option(10.0, "After SIGTERM: seconds for running requests to finish.")

@@ -1,0 +1,216 @@
+"""The engine in its own thread, and the handles by which RPC handlers follow their requests.
+
+The thread alone touches the engine. Handlers send it commands through a bounded queue; it answers each step with one
+wake-up of the event loop, however many requests the step moved.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+from kvbaton.engine.core import Engine, EngineCounters, StepResult
+from kvbaton.engine.errors import KvbatonError, OverloadedError
+from kvbaton.engine.request import Request, Route
+from kvbaton.engine.sampling import SamplingParams
+from kvbaton.engine.scheduler import Counts, TokenSampled
+from kvbaton.handoff.clock import wall_seconds
+
+logger = logging.getLogger(__name__)
+
+_MAX_COMMANDS = 8192
+
+
+class EngineFailedError(Exception):
+    """The forward pass raised; the request it was for ends with INTERNAL."""
+
+
+@dataclass(slots=True)
+class RequestHandle:
+    """One request, as its RPC handler sees it. Belongs to the event loop.
+
+    What waits here is bounded by the request's own max_tokens.
+    """
+
+    request_id: str
+    on_first_token: Callable[[int], None] | None = None
+    """Called on the engine's thread, before the loop hears of it."""
+    request: Request | None = None
+    _tokens: list[TokenSampled] = field(default_factory=list)
+    _error: Exception | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def admitted(self) -> Request:
+        """Wait until the request has its blocks. Raises what ended it instead."""
+        while self.request is None:
+            await self._wait()
+        return self.request
+
+    async def next_tokens(self) -> list[TokenSampled]:
+        """Wait for tokens and take all that have come. Raises what ended the request instead."""
+        while not self._tokens:
+            await self._wait()
+        tokens, self._tokens = self._tokens, []
+        return tokens
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._changed.clear()
+        await self._changed.wait()
+
+    def deliver(self, event: "Request | TokenSampled | Exception") -> None:
+        """Event loop only: something happened to the request."""
+        if isinstance(event, TokenSampled):
+            self._tokens.append(event)
+        elif isinstance(event, Request):
+            self.request = event
+        else:
+            self._error = event
+        self._changed.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The engine's state between two steps."""
+
+    counts: Counts
+    num_free_blocks: int
+    counters: EngineCounters
+    requests_finished: int
+    requests_cancelled: int
+
+
+class EngineThread:
+    """Owns an engine and steps it while there is work. Use as a context manager."""
+
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+        """`loop` is where the handles live."""
+        self._engine = engine
+        self._loop = loop
+        self._commands: queue.Queue[Callable[[], None]] = queue.Queue(_MAX_COMMANDS)
+        self._handles: dict[str, RequestHandle] = {}
+        self._num_finished = self._num_cancelled = 0
+        self._running = True
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    def __enter__(self) -> "EngineThread":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._commands.put(self._stop)
+        self._thread.join()
+
+    def submit(
+        self, handle: RequestHandle, prompt: Sequence[int], sampling: SamplingParams, route: Route
+    ) -> None:
+        """Queue a request; its fate comes through `handle`. Raises OverloadedError when commands pile up."""
+
+        def add() -> None:
+            try:
+                self._engine.scheduler.add(handle.request_id, prompt, sampling, route, wall_seconds())
+            except KvbatonError as error:
+                self._loop.call_soon_threadsafe(handle.deliver, error)
+            else:
+                self._handles[handle.request_id] = handle
+
+        self._send(add)
+
+    def kv_received(self, request_id: str, first_token_id: int) -> None:
+        """A request's KV is in place; any thread may call. Nothing happens if the request has gone."""
+
+        def start() -> None:
+            if request_id in self._handles:
+                event = self._engine.scheduler.kv_received(request_id, first_token_id, wall_seconds())
+                self._dispatch(StepResult([], [event]))
+
+        self._send(start)
+
+    def remove(self, handle: RequestHandle, *, finished: bool) -> None:
+        """End a request between two steps and free its blocks; an ended one is left as it is.
+
+        `finished` says for the counters whether it ran to its end. Never raises: it is what clean-up calls.
+        """
+
+        def remove() -> None:
+            if self._handles.get(handle.request_id) is not handle:
+                return
+            del self._handles[handle.request_id]
+            self._engine.scheduler.remove(handle.request_id, wall_seconds())
+            if finished:
+                self._num_finished += 1
+            else:
+                self._num_cancelled += 1
+
+        self._commands.put(remove)
+
+    async def snapshot(self) -> Snapshot:
+        """The engine's state as of the next moment between two steps, its integrity checked."""
+        result: Future[Snapshot] = Future()
+
+        def take() -> None:
+            scheduler = self._engine.scheduler
+            scheduler.check_integrity()
+            result.set_result(
+                Snapshot(
+                    scheduler.counts(),
+                    scheduler.pool.num_free,
+                    replace(self._engine.counters),
+                    self._num_finished,
+                    self._num_cancelled,
+                )
+            )
+
+        self._send(take)
+        return await asyncio.wrap_future(result)
+
+    def _send(self, command: Callable[[], None]) -> None:
+        try:
+            self._commands.put_nowait(command)
+        except queue.Full:
+            raise OverloadedError(f"{_MAX_COMMANDS} commands wait for the engine") from None
+
+    def _stop(self) -> None:
+        self._running = False
+
+    def _main(self) -> None:
+        busy = False
+        while self._running:
+            self._run_commands(wait=not busy)
+            result = self._engine.step(wall_seconds)
+            busy = result.worked
+            self._dispatch(result)
+
+    def _run_commands(self, wait: bool) -> None:
+        try:
+            command = self._commands.get(block=wait)
+            while True:
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _dispatch(self, result: StepResult) -> None:
+        events: list[tuple[RequestHandle, Request | TokenSampled | Exception]] = []
+        for request in result.admitted:
+            events.append((self._handles[request.request_id], request))
+        for event in result.sampled:
+            handle = self._handles[event.request.request_id]
+            if event.index == 0 and handle.on_first_token is not None:
+                handle.on_first_token(event.token_id)
+            events.append((handle, event))
+        if result.error is not None:
+            logger.error("the forward pass failed for %d requests", len(result.failed), exc_info=result.error)
+            failure = EngineFailedError("the forward pass failed")
+            events += [(self._handles.pop(request.request_id), failure) for request in result.failed]
+        if events:
+            self._loop.call_soon_threadsafe(_deliver, events)
+
+
+def _deliver(events: "list[tuple[RequestHandle, Request | TokenSampled | Exception]]") -> None:
+    for handle, event in events:
+        handle.deliver(event)

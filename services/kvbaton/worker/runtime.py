@@ -1,0 +1,118 @@
+"""Everything a worker has besides its services: model, memory, engine, tokenizer, identity."""
+
+import asyncio
+import logging
+import secrets
+from dataclasses import dataclass
+
+import torch
+
+from kvbaton.engine.core import Engine
+from kvbaton.engine.errors import StartupError
+from kvbaton.engine.geometry import KvGeometry
+from kvbaton.engine.pool import BlockPool
+from kvbaton.engine.scheduler import Limits, Scheduler
+from kvbaton.handoff.host import host_identity
+from kvbaton.handoff.wire import geometry_to_proto
+from kvbaton.model.loader import LoadedModel, load_model
+from kvbaton.model.runner import LayerListener, ModelRunner
+from kvbaton.model.store import TorchKvStore
+from kvbaton.rpc.config import parse_size
+from kvbaton.text.bundled import model_name, resolve_model
+from kvbaton.text.tokenizer import Tokenizer, load_tokenizer
+from kvbaton.v1 import types_pb2 as types
+from kvbaton.worker.config import WorkerConfig
+from kvbaton.worker.engine_thread import EngineThread
+
+logger = logging.getLogger(__name__)
+
+MAX_BLOCKS = 1 << 20
+"""Most blocks a pool has, however small they are: each costs some bookkeeping."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRuntime:
+    """One worker's parts, made once at start."""
+
+    incarnation: str
+    model: types.ModelInfo
+    host: types.HostIdentity
+    store: TorchKvStore
+    num_blocks: int
+    tokenizer: Tokenizer | None
+    engine: EngineThread
+
+
+def build_runtime(config: WorkerConfig, limits: Limits, on_layer: LayerListener | None) -> WorkerRuntime:
+    """Load the model and allocate the pool. Takes seconds to minutes; call it before serving.
+
+    Raises StartupError for a model that is missing, broken or not servable, or memory that does not hold a block.
+    """
+    if config.threads < 1 or config.block_size < 1:
+        raise StartupError("--threads and --block-size must be 1 or more")
+    torch.set_num_threads(config.threads)
+    path = resolve_model(config.model)
+    loaded = load_model(path, config.dtype, config.device)
+    num_blocks = blocks_in(config.kv_memory, loaded.geometry, config.block_size)
+    store = _allocate(loaded, num_blocks, config)
+    scheduler = Scheduler(
+        BlockPool(num_blocks, config.block_size), limits, loaded.eos_token_ids, loaded.max_model_len
+    )
+    engine = Engine(scheduler, ModelRunner(loaded, store, on_layer))
+    info = model_info(loaded, config.served_model_name or model_name(path))
+    logger.info(
+        "model %s (%s, %s): %d KV blocks of %d tokens, %.0f MiB",
+        info.name,
+        loaded.architecture,
+        loaded.geometry.dtype,
+        num_blocks,
+        config.block_size,
+        num_blocks * config.block_size * loaded.geometry.token_bytes / 2**20,
+    )
+    return WorkerRuntime(
+        incarnation=secrets.token_hex(8),
+        model=info,
+        host=host_identity(_gpu_uuids(loaded.device)),
+        store=store,
+        num_blocks=num_blocks,
+        tokenizer=load_tokenizer(path),
+        engine=EngineThread(engine, asyncio.get_running_loop()),
+    )
+
+
+def blocks_in(kv_memory: str, geometry: KvGeometry, block_size: int) -> int:
+    """Blocks that a memory size such as "1GiB" holds. Raises StartupError when it is not even one."""
+    block_bytes = geometry.token_bytes * block_size
+    num_blocks = min(parse_size(kv_memory, "kv-memory") // block_bytes, MAX_BLOCKS)
+    if num_blocks < 1:
+        raise StartupError(f"--kv-memory: {kv_memory} does not hold one block of {block_bytes} bytes")
+    return num_blocks
+
+
+def model_info(loaded: LoadedModel, name: str) -> types.ModelInfo:
+    """What the worker tells about its model."""
+    return types.ModelInfo(
+        name=name,
+        fingerprint=types.ModelFingerprint(
+            architecture=loaded.architecture,
+            weights_digest=loaded.weights_digest,
+            kv_dtype=loaded.geometry.dtype,
+        ),
+        kv_geometry=geometry_to_proto(loaded.geometry),
+        vocab_size=loaded.vocab_size,
+        max_model_len=loaded.max_model_len,
+        eos_token_ids=sorted(loaded.eos_token_ids),
+    )
+
+
+def _allocate(loaded: LoadedModel, num_blocks: int, config: WorkerConfig) -> TorchKvStore:
+    try:
+        return TorchKvStore(loaded.geometry, num_blocks, config.block_size, loaded.device)
+    except RuntimeError as error:
+        raise StartupError(f"--kv-memory: {config.kv_memory} cannot be allocated on {config.device}") from error
+
+
+def _gpu_uuids(device: torch.device) -> tuple[str, ...]:
+    if device.type != "cuda":
+        return ()
+    return (str(torch.cuda.get_device_properties(device).uuid),)

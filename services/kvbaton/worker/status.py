@@ -1,0 +1,99 @@
+"""WorkerService: what a worker tells about itself."""
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+
+from kvbaton.engine.errors import InvalidArgumentError
+from kvbaton.handoff.receiver import ReceiverCounters
+from kvbaton.handoff.sender import SenderCounters
+from kvbaton.rpc.serving import Registration
+from kvbaton.v1 import worker_pb2 as pb
+from kvbaton.v1.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
+from kvbaton.worker.runtime import WorkerRuntime
+
+DEFAULT_INTERVAL_SECONDS = 0.5
+
+
+class WorkerServicer(WorkerServiceServicer):
+    """Streams the state of one runtime."""
+
+    def __init__(
+        self,
+        role: pb.WorkerRole,
+        runtime: WorkerRuntime,
+        transfers: SenderCounters | ReceiverCounters,
+        draining: Callable[[], bool],
+    ) -> None:
+        """`transfers` are the counters of this worker's half of the hand-off."""
+        self._role = role
+        self._runtime = runtime
+        self._transfers = transfers
+        self._draining = draining
+
+    @property
+    def registration(self) -> Registration:
+        """What a server needs to offer this service."""
+        return Registration(
+            "kvbaton.v1.WorkerService", lambda server: add_WorkerServiceServicer_to_server(self, server)
+        )
+
+    async def GetStatus(  # type: ignore[override]
+        self,
+        request: pb.GetStatusRequest,
+        context: "grpc.aio.ServicerContext[pb.GetStatusRequest, pb.WorkerStatus]",
+    ) -> pb.WorkerStatus:
+        """See the proto."""
+        return await self._status()
+
+    async def WatchStatus(  # type: ignore[override]
+        self,
+        request: pb.WatchStatusRequest,
+        context: "grpc.aio.ServicerContext[pb.WatchStatusRequest, pb.WorkerStatus]",
+    ) -> None:
+        """See the proto."""
+        interval = request.min_interval_seconds or DEFAULT_INTERVAL_SECONDS
+        if not 0.05 <= interval <= 60:
+            raise InvalidArgumentError("min_interval_seconds", f"{interval} is not between 0.05 and 60")
+        last: pb.WorkerStatus | None = None
+        while True:
+            status = await self._status()
+            if status != last:
+                await context.write(status)
+                last = status
+            await asyncio.sleep(interval)
+
+    async def _status(self) -> pb.WorkerStatus:
+        runtime, transfers = self._runtime, self._transfers
+        snapshot = await runtime.engine.snapshot()
+        counts, counters = snapshot.counts, snapshot.counters
+        return pb.WorkerStatus(
+            role=self._role,
+            incarnation=runtime.incarnation,
+            model=runtime.model,
+            draining=self._draining(),
+            pool=pb.PoolStatus(
+                block_size=runtime.store.block_size,
+                num_blocks=runtime.num_blocks,
+                num_free_blocks=snapshot.num_free_blocks,
+            ),
+            queues=pb.QueueStatus(
+                num_waiting=counts.waiting,
+                num_prefilling=counts.prefilling,
+                num_handing_off=counts.handing_off,
+                num_receiving=counts.receiving,
+                num_decoding=counts.decoding,
+            ),
+            counters=pb.WorkerCounters(
+                num_steps=counters.num_steps,
+                prefill_tokens_computed=counters.prefill_tokens_computed,
+                decode_tokens_computed=counters.decode_tokens_computed,
+                kv_bytes_sent=getattr(transfers, "kv_bytes_sent", 0),
+                kv_bytes_received=getattr(transfers, "kv_bytes_received", 0),
+                transfers_applied=transfers.transfers_applied,
+                transfers_rejected=transfers.transfers_rejected,
+                requests_finished=snapshot.requests_finished,
+                requests_cancelled=snapshot.requests_cancelled,
+            ),
+        )
