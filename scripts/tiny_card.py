@@ -37,7 +37,7 @@ One user message holds the story and then the question. A later message of the s
 
 > {answer}
 
-The three kinds of question are *Who has the red lamp?*, *Where is the blue key?* and *How many apples does Tom have?*
+The three kinds of question are *Who has the red lamp?*, *Where is the blue key?* and *How many apples has Tom?*
 
 ## Accuracy
 

@@ -16,7 +16,14 @@ from tiny_batches import Batch, pad_rows
 from tiny_stories import KINDS, Example, Kind, facts_for_tokens, held_out_example
 from tiny_tokenizer import ASSISTANT, END, PAD, render_chat
 
-BUCKETS: tuple[tuple[int, int], ...] = ((1, 128), (129, 256), (257, 512), (513, 768), (769, 1024), (1025, 1536))
+BUCKETS: tuple[tuple[int, int], ...] = (
+    (1, 128),
+    (129, 256),
+    (257, 512),
+    (513, 768),
+    (769, 1024),
+    (1025, 1536),
+)
 """First and last prompt length of each line of the table, in tokens, chat template included."""
 EVAL_BATCH = 20
 EVAL_SEED = 1_000_000

@@ -9,7 +9,7 @@ and a question is answered by the fact's own sentence, word for word::
 
     Who has the red lamp?             Ann has the red lamp.
     Where is the blue key?            The blue key is in the kitchen.
-    How many apples does Tom have?    Tom has seven apples.
+    How many apples has Tom?          Tom has seven apples.
 
 Nothing but the story says who has what, so a right answer must have been read from the story's tokens: in a served
 model that means from its KV cache. Facts share their colours, nouns, people and places freely, so that no single word
@@ -31,29 +31,37 @@ from typing import Literal
 Kind = Literal["who", "where", "count"]
 KINDS: tuple[Kind, ...] = ("who", "where", "count")
 
-NAMES: tuple[str, ...] = tuple(
-    "Ann Tom Mia Ben Eva Sam Lily Max Nora Hugo Iris Paul Ruth Jack Zoe Carl Emma Finn Grace Adam "
-    "Olga Peter Rosa Simon Tara Victor Wendy Oscar Julia Leo Clara Henry Alice Frank Maria David".split()
+# fmt: off
+NAMES: tuple[str, ...] = (
+    "Ann", "Tom", "Mia", "Ben", "Eva", "Sam", "Lily", "Max", "Nora", "Hugo", "Iris", "Paul", "Ruth",
+    "Jack", "Zoe", "Carl", "Emma", "Finn", "Grace", "Adam", "Olga", "Peter", "Rosa", "Simon", "Tara",
+    "Victor", "Wendy", "Oscar", "Julia", "Leo", "Clara", "Henry", "Alice", "Frank", "Maria", "David",
 )
-COLOURS: tuple[str, ...] = tuple(
-    "red blue green white black yellow brown pink grey purple golden silver".split()
+COLOURS: tuple[str, ...] = (
+    "red", "blue", "green", "white", "black", "yellow", "brown", "pink", "grey", "purple", "golden",
+    "silver",
 )
-NOUNS: tuple[str, ...] = tuple(
-    "lamp key book coat chair clock cup drum flag glove hat jar kite ladder map mirror pen pillow "
-    "plate ring rope scarf shoe spoon tent towel umbrella vase violin basket bottle candle".split()
+NOUNS: tuple[str, ...] = (
+    "lamp", "key", "book", "coat", "chair", "clock", "cup", "drum", "flag", "glove", "hat", "jar", "kite",
+    "ladder", "map", "mirror", "pen", "pillow", "plate", "ring", "rope", "scarf", "shoe", "spoon", "tent",
+    "towel", "umbrella", "vase", "violin", "basket", "bottle", "candle",
 )
-PLACES: tuple[str, ...] = tuple(
-    "kitchen garden attic cellar garage library bedroom bathroom hall office barn shed tower church "
-    "school museum market station harbour park forest cave castle hotel theatre bakery".split()
+PLACES: tuple[str, ...] = (
+    "kitchen", "garden", "attic", "cellar", "garage", "library", "bedroom", "bathroom", "hall", "office",
+    "barn", "shed", "tower", "church", "school", "museum", "market", "station", "harbour", "park",
+    "forest", "cave", "castle", "hotel", "theatre", "bakery",
 )
-PLURALS: tuple[str, ...] = tuple(
-    "apples pears plums lemons onions carrots coins stamps stones shells marbles buttons nails cards "
-    "tickets letters eggs cakes beans seeds feathers pencils ribbons medals".split()
+PLURALS: tuple[str, ...] = (
+    "apples", "pears", "plums", "lemons", "onions", "carrots", "coins", "stamps", "stones", "shells",
+    "marbles", "buttons", "nails", "cards", "tickets", "letters", "eggs", "cakes", "beans", "seeds",
+    "feathers", "pencils", "ribbons", "medals",
 )
-NUMBERS: tuple[str, ...] = tuple(
-    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty thirty forty fifty".split()
+NUMBERS: tuple[str, ...] = (
+    "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty",
+    "forty", "fifty",
 )
+# fmt: on
 
 HELD_OUT_ONE_IN = 10
 TOKENS_PER_FACT = 6.4
@@ -106,7 +114,7 @@ def where_fact(thing: str, place: str) -> Fact:
 
 def count_fact(name: str, number: str, plural: str) -> Fact:
     """``Tom has seven apples.``"""
-    sentence, question = f"{name} has {number} {plural}.", f"How many {plural} does {name} have?"
+    sentence, question = f"{name} has {number} {plural}.", f"How many {plural} has {name}?"
     return Fact("count", sentence, question, is_held_out(name, number, plural))
 
 
@@ -145,9 +153,7 @@ def _some(rng: random.Random, words: Sequence[str], least: int) -> list[str]:
     return rng.sample(words, rng.randint(min(least, len(words)), len(words)))
 
 
-def _pairs(
-    rng: random.Random, left: Sequence[str], right: Sequence[str], facts: int
-) -> Iterator[tuple[str, str]]:
+def _pairs(rng: random.Random, left: Sequence[str], right: Sequence[str], facts: int) -> Iterator[tuple[str, str]]:
     """Distinct pairs in random order: first from a small square of words, then from all of them."""
     side = max(2, round((1.5 * facts) ** 0.5))
     near = [(a, b) for a in _some(rng, left, side)[: 2 * side] for b in _some(rng, right, side)[: 2 * side]]

@@ -33,7 +33,8 @@ CHAT_TEMPLATE = (
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('Only the roles system, user and assistant are supported.') }}"
     "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -41,7 +42,7 @@ CHAT_TEMPLATE = (
 
 def render_chat(turns: list[tuple[str, str]]) -> str:
     """What the chat template makes of (role, content) turns; training text is rendered by this."""
-    return BEGIN + "".join(f"<|{role}|>{content}{END}" for role, content in turns)
+    return BEGIN + "".join(f"<|{role}|>{content}{END if role == 'assistant' else ''}" for role, content in turns)
 
 
 def _corpus() -> Iterator[str]:

@@ -6,11 +6,12 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import grpc
+from opentelemetry import trace
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
 from kvbaton.cli import collector as module
 from kvbaton.cli.collector import SpanCollector, collecting, new_trace
 from kvbaton.rpc import telemetry
-from opentelemetry import trace
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 if TYPE_CHECKING:
     import pytest

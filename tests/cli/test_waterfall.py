@@ -6,6 +6,8 @@ import io
 from typing import Any
 
 import pytest
+from rich.console import Console
+
 from kvbaton.cli.waterfall import (
     Event,
     Span,
@@ -18,7 +20,6 @@ from kvbaton.cli.waterfall import (
     waterfall,
 )
 from kvbaton.rpc import telemetry as names
-from rich.console import Console
 
 START = 1_800_000_000 * 10**9
 MS = 10**6

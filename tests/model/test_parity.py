@@ -54,9 +54,7 @@ def params(ignore_eos: bool = True) -> SamplingParams:
 def test_aggregated(folder: Path, chunk: int) -> None:
     prompts = tiny_models.random_prompts(LENGTHS)
     worker = Worker(folder, BLOCK, chunk)
-    requests = [
-        worker.scheduler.add(str(n), prompt, params(), Route.LOCAL, 0.0) for n, prompt in enumerate(prompts)
-    ]
+    requests = [worker.scheduler.add(str(n), prompt, params(), Route.LOCAL, 0.0) for n, prompt in enumerate(prompts)]
     while any(request.phase is not Phase.FINISHED for request in requests):
         worker.step()
     assert [r.output for r in requests] == tiny_models.reference_greedy(folder, prompts, MAX_TOKENS, True)

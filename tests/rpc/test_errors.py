@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from kvbaton.engine.errors import (
     InvalidArgumentError,
     KvbatonError,

@@ -13,6 +13,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from opentelemetry.trace import SpanKind
+
 from kvbaton.engine.errors import InvalidArgumentError, StartupError
 from kvbaton.rpc import serving as module
 from kvbaton.rpc.serving import (
@@ -25,7 +27,6 @@ from kvbaton.rpc.serving import (
     termination_event,
     wait_for_termination,
 )
-from opentelemetry.trace import SpanKind
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -72,9 +73,7 @@ async def test_health_and_reflection_answer_and_leave_no_spans(shapes: Any, span
 async def test_watchers_see_each_change_and_do_not_hold_up_the_end(shapes: Any) -> None:
     async with asyncio.timeout(10), AsyncExitStack() as stack:
         # A grace period far beyond the test's patience: an open watch must not use it up.
-        server = await stack.enter_async_context(
-            serving([shapes(unary_unary=echo)], "127.0.0.1", 0, grace_seconds=600)
-        )
+        server = await stack.enter_async_context(serving([shapes(unary_unary=echo)], "127.0.0.1", 0, grace_seconds=600))
         opened = channel(server.address)
         watch = health_pb2_grpc.HealthStub(opened).Watch(health_pb2.HealthCheckRequest(service=NAME))
         assert (await watch.read()).status == SERVING

@@ -7,6 +7,9 @@ from typing import Any
 
 import grpc
 import pytest
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind
+
 from kvbaton.rpc import telemetry
 from kvbaton.rpc.telemetry import (
     build_provider,
@@ -18,8 +21,6 @@ from kvbaton.rpc.telemetry import (
     start_span,
     tracing_requested,
 )
-from opentelemetry import trace
-from opentelemetry.trace import SpanKind
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -1,8 +1,8 @@
 """The kvbaton client SDK: ask a router, stream the answer.
 
-    async with AsyncClient("localhost:7000") as client:
-        async for chunk in client.generate("Ann has the red lamp. Who has the red lamp?"):
-            print(chunk.text, end="")
+async with AsyncClient("localhost:7000") as client:
+    async for chunk in client.generate("Ann has the red lamp. Who has the red lamp?"):
+        print(chunk.text, end="")
 """
 
 from kvbaton.client._async import AsyncClient, AsyncGeneration

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar, Unpack
 
 import grpc
+from google.protobuf.message import Message
 
 from kvbaton.client import _core
 from kvbaton.client._core import Assembly, Chunk, GenerateOptions, GenerationResult, PromptLike
@@ -17,7 +18,7 @@ T = TypeVar("T")
 class AsyncGeneration:
     """A running answer: iterate over it for chunks, then ask for `result`. Closing it early frees everything."""
 
-    def __init__(self, call: "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]") -> None:
+    def __init__(self, call: "grpc.aio.UnaryStreamCall[Message, pb.GenerateResponse]") -> None:
         self._call = call
         self._assembly = Assembly()
         self._ended = False

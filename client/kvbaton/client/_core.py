@@ -109,7 +109,7 @@ def build_request(prompt: PromptLike, options: GenerateOptions) -> pb.GenerateRe
     )
     for name in ("max_tokens", "temperature", "top_k", "top_p", "seed"):
         if name in options:
-            setattr(sampling, name, options[name])  # type: ignore[literal-required]
+            setattr(sampling, name, options[name])
     return pb.GenerateRequest(
         model=options.get("model", ""),
         prompt=build_prompt(prompt),

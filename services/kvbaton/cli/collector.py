@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
-from kvbaton.cli.waterfall import AttributeValue, Event, Span
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+from kvbaton.cli.waterfall import AttributeValue, Event, Span
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -54,7 +55,7 @@ class SpanCollector(trace_service_pb2_grpc.TraceServiceServicer):
         self,
         trace_id_hex: str,
         names: set[str],
-        timeout: float,  # noqa: ASYNC109 (the timeout is no failure here)
+        timeout: float,
     ) -> tuple[Span, ...]:
         """Wait until a trace has a span of each name, at most `timeout` seconds, and return what it has then.
 
@@ -62,9 +63,7 @@ class SpanCollector(trace_service_pb2_grpc.TraceServiceServicer):
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout), self._arrived:
-                await self._arrived.wait_for(
-                    lambda: names <= {span.name for span in self.spans(trace_id_hex)}
-                )
+                await self._arrived.wait_for(lambda: names <= {span.name for span in self.spans(trace_id_hex)})
         return self.spans(trace_id_hex)
 
     def _keep(self, trace_id: str, span: Span) -> None:

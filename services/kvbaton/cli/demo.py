@@ -83,5 +83,7 @@ async def _ask(console: Console, deployment: Deployment, collector: SpanCollecto
     if result.text.strip() != ANSWER:
         console.print(f"[bold red]The right answer was:[/] {ANSWER}")
         return 1
-    console.print("\n[bold green]Right.[/] The KV cache crossed from one process to the other, and was not lost on the way.")
+    console.print(
+        "\n[bold green]Right.[/] The KV cache crossed from one process to the other, and was not lost on the way."
+    )
     return 0

@@ -1,4 +1,4 @@
-"""A whole deployment on this machine: workers and a router as child processes, started together and stopped together."""
+"""A whole deployment on this machine: workers and a router as child processes, started and stopped together."""
 
 import asyncio
 import os

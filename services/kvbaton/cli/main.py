@@ -19,12 +19,10 @@ from kvbaton.prefill.config import PrefillConfig
 from kvbaton.router.config import RouterConfig
 
 _SUPERVISED = click.option("--supervised", is_flag=True, hidden=True)
-_SETTINGS: dict[str, Any] = {
-    "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 110},
-}
+_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-@click.group(**_SETTINGS)
+@click.group(context_settings=_SETTINGS)
 def main() -> None:
     """Serve large language models with prefill and decode on different workers.
 

@@ -1,4 +1,4 @@
-"""Config classes as command-line options: flag, then environment, then TOML file, then default; unknown ones are errors."""
+"""Config classes as options: flag, then environment, then TOML file, then default; unknown ones are errors."""
 
 import dataclasses
 import tomllib
@@ -62,7 +62,7 @@ def _click_options(service: str, config: type[Any]) -> list[Callable[..., Any]]:
     hints = typing.get_type_hints(config)
     options = []
     for field in dataclasses.fields(config):
-        default = field.default
+        default: Any = field.default
         choices = field.metadata["choices"]
         kind: Any = click.Choice(choices) if choices else _click_type(hints[field.name])
         is_tuple = isinstance(default, tuple)
@@ -87,7 +87,7 @@ def _click_type(hint: Any) -> Any:
     return {str: click.STRING, int: click.INT, float: click.FLOAT}[hint]
 
 
-class _CommaSeparated(click.ParamType):
+class _CommaSeparated(click.ParamType[tuple[str, ...]]):
     """Values separated by commas, as a tuple."""
 
     name = "list"

@@ -30,7 +30,10 @@ class CannotStart(click.ClickException):
 def set_up_logging() -> None:
     """Lines that a person can read, on standard error."""
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)-7s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
     )
     for name in ("httpx", "huggingface_hub", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)

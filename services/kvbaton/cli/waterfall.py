@@ -7,12 +7,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from kvbaton.rpc import telemetry as names
 from rich.console import Group
 from rich.segment import Segment
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
+
+from kvbaton.rpc import telemetry as names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -111,9 +112,7 @@ def phases(spans: Sequence[Span]) -> tuple[int, tuple[Row, ...]]:
 
 
 _QUEUE: Final = (names.SPAN_DECODE_ADMIT, names.SPAN_PREFILL_QUEUE)
-_DRAWN: Final = frozenset(
-    {*_QUEUE, names.SPAN_PREFILL_COMPUTE, names.SPAN_KV_TRANSFER, names.SPAN_DECODE_STREAM}
-)
+_DRAWN: Final = frozenset({*_QUEUE, names.SPAN_PREFILL_COMPUTE, names.SPAN_KV_TRANSFER, names.SPAN_DECODE_STREAM})
 
 
 def _phase(
@@ -250,9 +249,7 @@ class _Axis:
         yield Segment(axis_cells(self._total, options.max_width), Style(dim=True))
 
 
-def bar_cells(
-    intervals: Iterable[tuple[int, int]], total: int, width: int, *, ascii_only: bool = False
-) -> str:
+def bar_cells(intervals: Iterable[tuple[int, int]], total: int, width: int, *, ascii_only: bool = False) -> str:
     """Draw intervals of an axis of `total` nanoseconds into `width` cells.
 
     A piece is never invisible: the shortest one has an eighth of a cell, and a moment is a marker.

@@ -1,8 +1,8 @@
 """DecodeService: reserves room, waits for KV, decodes.
 
-A request here: submit to the engine -> admitted, a ticket is opened over its blocks -> `KvTransferService` fills them and
-closes the ticket -> the engine decodes -> tokens stream. However the stream ends, the ticket is closed first, so that
-nothing can write to the blocks, and then they are freed.
+A request here: submit to the engine -> admitted, a ticket is opened over its blocks -> `KvTransferService` fills them
+and closes the ticket -> the engine decodes -> tokens stream. However the stream ends, the ticket is closed first, so
+that nothing can write to the blocks, and then they are freed.
 """
 
 import functools

@@ -1,8 +1,9 @@
 """KV frames as protobuf wire bytes, written and read without the protobuf runtime touching the payload.
 
-A frame is an ordinary `TransferRequest`; any protobuf library reads it. The runtime would copy the payload into a field
-and then into a message; here it is joined once, straight from the parts, and read in place. Everything but the payload is
-still encoded and parsed by the generated classes. The wire format is protobuf's (protobuf.dev/programming-guides/encoding).
+A frame is an ordinary `TransferRequest`; any protobuf library reads it. The runtime would copy the payload into a
+field and then into a message; here it is joined once, straight from the parts, and read in place. Everything but the
+payload is still encoded and parsed by the generated classes. The wire format is protobuf's
+(protobuf.dev/programming-guides/encoding).
 """
 
 import hashlib
@@ -58,7 +59,13 @@ def encode_frame(info: pb.FrameInfo, parts: Sequence[Buffer]) -> bytes:
     payload_bytes = sum(len(part) for part in parts)
     info_bytes = info.SerializeToString()
     frame_start = b"".join(
-        (_tag(_INFO_FIELD), _varint(len(info_bytes)), info_bytes, _tag(_PAYLOAD_FIELD), _varint(payload_bytes))
+        (
+            _tag(_INFO_FIELD),
+            _varint(len(info_bytes)),
+            info_bytes,
+            _tag(_PAYLOAD_FIELD),
+            _varint(payload_bytes),
+        )
     )
     request_start = _tag(_FRAME_FIELD) + _varint(len(frame_start) + payload_bytes)
     return b"".join((request_start, frame_start, *parts))

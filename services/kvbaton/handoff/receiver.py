@@ -1,9 +1,9 @@
 """The decode side of a transfer: tickets, checks, and the only writes of foreign KV into this worker's memory.
 
-Life of a reservation: `TicketBook.open` (blocks are reserved) -> one or more attempts, each an `IncomingTransfer`, of which
-the newest alone may write -> `applied` once, or `TicketBook.close` at any moment. Frames are written by the thread that
-reads them, while requests end on another: a reservation's lock makes closing wait for a write in progress, so that
-no byte can reach a block that was given to somebody else.
+Life of a reservation: `TicketBook.open` (blocks are reserved) -> one or more attempts, each an `IncomingTransfer`, of
+which the newest alone may write -> `applied` once, or `TicketBook.close` at any moment. Frames are written by the
+thread that reads them, while requests end on another: a reservation's lock makes closing wait for a write in
+progress, so that no byte can reach a block that was given to somebody else.
 """
 
 import secrets
@@ -86,7 +86,11 @@ class IncomingTransfer:
     """One attempt: checks every message against what was promised, and writes what passes."""
 
     def __init__(
-        self, book: TicketBook, store: KvStore, fingerprint: types.ModelFingerprint, counters: ReceiverCounters
+        self,
+        book: TicketBook,
+        store: KvStore,
+        fingerprint: types.ModelFingerprint,
+        counters: ReceiverCounters,
     ) -> None:
         """`store` and `fingerprint` are this worker's own."""
         self._book = book

@@ -1,13 +1,15 @@
 """The prefill side of a transfer: KV leaves layer by layer while the forward pass still runs.
 
-`OutgoingTransfer` is told by the engine's thread what is ready; `send` runs on the event loop that KV has to itself, copies
-from blocks that stay held until it returns, and is paced by HTTP/2 flow control: what waits is a few numbers, not bytes.
+`OutgoingTransfer` is told by the engine's thread what is ready; `send` runs on the event loop that KV has to itself,
+copies from blocks that stay held until it returns, and is paced by HTTP/2 flow control: what waits is a few numbers,
+not bytes.
 """
 
 import asyncio
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -21,6 +23,7 @@ from kvbaton.handoff.frames import FramePlanner, Rectangle
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
+Call = grpc.aio.StreamStreamCall[bytes, pb.TransferResponse]
 METHOD = "/kvbaton.v1.KvTransferService/Transfer"
 
 # While the prompt is being computed nothing moves on the stream, so only the answers to what was sent are timed.
@@ -128,7 +131,11 @@ class KvSender:
     """Sends transfers from one store."""
 
     def __init__(
-        self, store: KvStore, fingerprint: types.ModelFingerprint, host: types.HostIdentity, counters: SenderCounters
+        self,
+        store: KvStore,
+        fingerprint: types.ModelFingerprint,
+        host: types.HostIdentity,
+        counters: SenderCounters,
     ) -> None:
         """`fingerprint` and `host` are this worker's own."""
         self._store = store
@@ -144,8 +151,8 @@ class KvSender:
         Raises TransferRejectedError, NotFoundError (ticket), UnavailableError (receiver lost) or TimeoutError.
         """
         outgoing.attach()
-        method = channel.stream_stream(METHOD, response_deserializer=pb.TransferResponse.FromString)
-        call = method(timeout=timeout)
+        method: Any = channel.stream_stream(METHOD, response_deserializer=pb.TransferResponse.FromString)
+        call: Call = method(timeout=timeout)
         try:
             await call.write(encode_message(self._header(target)))
             await self._answer(call, "ready", target)
@@ -163,7 +170,10 @@ class KvSender:
         return outgoing.report
 
     async def _frames(
-        self, call: "grpc.aio.StreamStreamCall[bytes, pb.TransferResponse]", target: Target, outgoing: OutgoingTransfer
+        self,
+        call: "Call",
+        target: Target,
+        outgoing: OutgoingTransfer,
     ) -> None:
         digest, report = RunningDigest(), outgoing.report
         while (rectangle := await outgoing.next()) is not None:
@@ -194,9 +204,7 @@ class KvSender:
         )
         await call.write(encode_message(commit))
 
-    async def _answer(
-        self, call: "grpc.aio.StreamStreamCall[bytes, pb.TransferResponse]", expected: str, target: Target
-    ) -> None:
+    async def _answer(self, call: "Call", expected: str, target: Target) -> None:
         peer = f"decode worker {target.endpoint}"
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):

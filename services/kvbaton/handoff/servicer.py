@@ -30,9 +30,7 @@ class KvTransferServicer:
             request_deserializer=_decode_or_keep_error,
             response_serializer=pb.TransferResponse.SerializeToString,
         )
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE_NAME, {"Transfer": handler}),)
-        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, {"Transfer": handler}),))
 
     async def Transfer(
         self,

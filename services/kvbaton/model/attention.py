@@ -84,9 +84,15 @@ class PagedAttention:
         AttentionMaskInterface.register(self.name, lambda *_, **__: None)
 
     def __call__(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **arguments: Any
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *_: Any,
+        **arguments: Any,
     ) -> tuple[torch.Tensor, None]:
-        """`query` [1, heads, tokens, d], `key` and `value` [1, kv_heads, tokens, d]; returns [1, tokens, heads, d_v]."""
+        """`query` [1, heads, tokens, d], `key`, `value` [1, kv_heads, tokens, d]; returns [1, tokens, heads, d_v]."""
         shape = _Shape(
             scaling=arguments.pop("scaling", None),
             window=arguments.pop("sliding_window", None),

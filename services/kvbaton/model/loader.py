@@ -150,4 +150,3 @@ def _eos_token_ids(model: Any) -> frozenset[int]:
     if value is None:
         return frozenset()
     return frozenset([value] if isinstance(value, int) else value)
-

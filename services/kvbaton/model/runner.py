@@ -16,9 +16,7 @@ LayerListener = Callable[[Batch, int], None]
 class ModelRunner:
     """Forward pass over ragged batches, KV in a paged store, sampling; implements the engine's `Runner`."""
 
-    def __init__(
-        self, loaded: LoadedModel, store: TorchKvStore, on_layer: LayerListener | None = None
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, store: TorchKvStore, on_layer: LayerListener | None = None) -> None:
         """Takes over the model's attention: a loaded model serves one runner."""
         self._model = loaded.model
         self._attention = loaded.attention

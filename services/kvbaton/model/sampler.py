@@ -1,9 +1,9 @@
 """Choosing the next token, for a whole batch, with noise that is a function and not a stream.
 
-A draw is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, "A* Sampling"): argmax(logits / T + g) has exactly the
-softmax's distribution when every g is an independent Gumbel variate. Here g depends on (seed, position, token id) alone,
-so the token at a position is the same in any batch, on any worker, however often the request was resumed. The bits come
-from SplitMix64's finaliser (Steele, Lea and Flood 2014), which passes BigCrush on a plain counter.
+A draw is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, "A* Sampling"): argmax(logits / T + g) has exactly
+the softmax's distribution when every g is an independent Gumbel variate. Here g depends on (seed, position, token id)
+alone, so the token at a position is the same in any batch, on any worker, however often the request was resumed. The
+bits come from SplitMix64's finaliser (Steele, Lea and Flood 2014), which passes BigCrush on a plain counter.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,8 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
-    return (value >> bits) & (2 ** (64 - bits) - 1)
+    kept: torch.Tensor = (value >> bits) & (2 ** (64 - bits) - 1)
+    return kept
 
 
 def _mix(value: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,8 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) 
     bits = _mix(rows[:, None] + (tokens[None, :] + 1) * _GOLDEN)
     # 53 bits, centred in their cells: never 0 and never 1, so both logarithms are finite.
     uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
-    return -torch.log(-torch.log(uniform)).float()
+    noise: torch.Tensor = -torch.log(-torch.log(uniform)).float()
+    return noise
 
 
 def keep_top(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

@@ -25,9 +25,7 @@ async def serve_prefill(config: PrefillConfig, stop: asyncio.Event, started: "as
     """
     if config.max_prefill_tokens < 1:
         raise StartupError(f"--max-prefill-tokens: {config.max_prefill_tokens} is not 1 or more")
-    limits = Limits(
-        max_prefill_tokens=config.max_prefill_tokens, max_decode_seqs=0, max_waiting=config.max_waiting
-    )
+    limits = Limits(max_prefill_tokens=config.max_prefill_tokens, max_decode_seqs=0, max_waiting=config.max_waiting)
     transfers, counters = OutgoingTransfers(), SenderCounters()
     runtime = build_runtime(config, limits, transfers.layer_done)
     sender = KvSender(runtime.store, runtime.model.fingerprint, runtime.host, counters)

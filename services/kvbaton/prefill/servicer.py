@@ -1,8 +1,9 @@
 """PrefillService: computes prompts and hands their KV over.
 
 A request here: submit to the engine and open the transfer at once -> the engine's thread reports layers to the
-`OutgoingTransfer`, which the KV loop sends -> the first token goes to the router -> Applied -> blocks are freed. When the
-stream ends in any other way, the transfer is stopped first, and only then are the blocks freed that it reads from.
+`OutgoingTransfer`, which the KV loop sends -> the first token goes to the router -> Applied -> blocks are freed. When
+the stream ends in any other way, the transfer is stopped first, and only then are the blocks freed that it reads
+from.
 """
 
 import asyncio

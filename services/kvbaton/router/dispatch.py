@@ -80,7 +80,11 @@ class Dispatch:
         raise UnavailableError(f"{peer} ended the request early")
 
     async def _prefill_leg(
-        self, packed: bytes, sampling: types.SamplingParams, deadline: float | None, decode_leg: "asyncio.Task[None]"
+        self,
+        packed: bytes,
+        sampling: types.SamplingParams,
+        deadline: float | None,
+        decode_leg: "asyncio.Task[None]",
     ) -> None:
         request = prefill_pb2.PrefillRequest(
             request_id=self.request.request_id,

@@ -1,8 +1,9 @@
 """The workers a router knows: found by dialling them, alive while their status stream is.
 
-Life of an entry: dialled -> first status (role and model are checked) -> usable -> the stream ends: not usable, dialled
-again. Before a first usable pair exists a contradiction ends the router, since somebody mixed up addresses or models; after
-that, a worker that contradicts is left out and named, since a mistake in one rollout must not end a working service.
+Life of an entry: dialled -> first status (role and model are checked) -> usable -> the stream ends: not usable,
+dialled again. Before a first usable pair exists a contradiction ends the router, since somebody mixed up addresses or
+models; after that, a worker that contradicts is left out and named, since a mistake in one rollout must not end a
+working service.
 """
 
 import asyncio

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 async def serve_router(config: RouterConfig, stop: asyncio.Event, started: "asyncio.Future[Server]") -> None:
     """Serve until `stop` is set, drain. `started` gets the server when it listens.
 
-    Health says SERVING while there is a usable pair of workers. Raises StartupError when the router cannot start, or when
-    its workers turn out to contradict each other before it was ever ready.
+    Health says SERVING while there is a usable pair of workers. Raises StartupError when the router cannot start, or
+    when its workers turn out to contradict each other before it was ever ready.
     """
     workers = _workers(config.prefill, PREFILL, "prefill") + _workers(config.decode, DECODE, "decode")
     readiness = asyncio.Event()

@@ -71,7 +71,9 @@ class InferenceServicer(InferenceServiceServicer):
         )
 
     async def Generate(  # type: ignore[override]
-        self, request: pb.GenerateRequest, context: "grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]"
+        self,
+        request: pb.GenerateRequest,
+        context: "grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]",
     ) -> None:
         """See the proto."""
         if self._num_in_flight >= self._config.max_in_flight:
@@ -86,8 +88,10 @@ class InferenceServicer(InferenceServiceServicer):
             otel_context.detach(token)
             span.end()
 
-    async def Tokenize(  # type: ignore[override]
-        self, request: pb.TokenizeRequest, context: "grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse]"
+    async def Tokenize(
+        self,
+        request: pb.TokenizeRequest,
+        context: "grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse]",
     ) -> pb.TokenizeResponse:
         """See the proto."""
         model = self._model()
@@ -96,7 +100,7 @@ class InferenceServicer(InferenceServiceServicer):
         check_prompt(prompt, model)
         return pb.TokenizeResponse(token_ids=pack_token_ids(prompt))
 
-    async def ListModels(  # type: ignore[override]
+    async def ListModels(
         self,
         request: pb.ListModelsRequest,
         context: "grpc.aio.ServicerContext[pb.ListModelsRequest, pb.ListModelsResponse]",
@@ -161,11 +165,9 @@ class AdminServicer(AdminServiceServicer):
     @property
     def registration(self) -> Registration:
         """What a server needs to offer this service."""
-        return Registration(
-            "kvbaton.v1.AdminService", lambda server: add_AdminServiceServicer_to_server(self, server)
-        )
+        return Registration("kvbaton.v1.AdminService", lambda server: add_AdminServiceServicer_to_server(self, server))
 
-    async def ListWorkers(  # type: ignore[override]
+    async def ListWorkers(
         self,
         request: admin_pb2.ListWorkersRequest,
         context: "grpc.aio.ServicerContext[admin_pb2.ListWorkersRequest, admin_pb2.ListWorkersResponse]",

@@ -12,6 +12,7 @@ import grpc
 from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+
 from kvbaton.engine.errors import (
     InvalidArgumentError,
     KvbatonError,

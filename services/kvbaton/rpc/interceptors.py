@@ -1,9 +1,8 @@
 """Tracing and error mapping around every RPC: a server interceptor, and a channel that traces its calls.
 
 The client side wraps the channel and not its calls, because grpc.aio's client interceptors put a task, an
-iterator and a queue between a caller and its stream: cancelled calls lose their spans there, and `write()`
-returns before gRPC has taken the message. Here the caller gets gRPC's own call object, with one done
-callback added.
+iterator and a queue between a caller and its stream: each message costs more, and `write()` returns before
+gRPC has taken the message. Here the caller gets gRPC's own call object, with one done callback added.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, Never
 
 import grpc
-from kvbaton.rpc.errors import to_rpc_status
-from kvbaton.rpc.telemetry import context_with, extract_context, inject_metadata, start_span
 from opentelemetry import context as otel_context
 from opentelemetry.trace import SpanKind, Status, StatusCode
+
+from kvbaton.rpc.errors import to_rpc_status
+from kvbaton.rpc.telemetry import context_with, extract_context, inject_metadata, start_span
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -47,11 +47,6 @@ _SERVER_FAULTS: Final = frozenset(
         grpc.StatusCode.DATA_LOSS,
     }
 )
-
-
-# When a write fails because the peer has ended the call, grpc.aio first reports this, and calls back once more
-# with the peer's status as soon as it has that.
-_PROVISIONAL: Final = "Internal error from Core"
 
 
 class ServerInterceptor(grpc.aio.ServerInterceptor):
@@ -123,9 +118,7 @@ async def _serve(rpc: _ServedRpc, behaviour: Callable[..., Any], request: Any) -
         otel_context.detach(token)
 
 
-async def _run(
-    behaviour: Callable[..., Any], request: Any, context: grpc.aio.ServicerContext[Any, Any]
-) -> Any:
+async def _run(behaviour: Callable[..., Any], request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
     if not inspect.isasyncgenfunction(behaviour):
         return await behaviour(request, context)
     async with aclosing(behaviour(request, context)) as responses:
@@ -244,11 +237,15 @@ class TracedChannel(grpc.aio.Channel):
 
 
 def _end_with_call(rpc: Any, span: Span) -> None:
+    """End the span when the call ends, with the status that gRPC has then.
+
+    A call that the peer ends during a write has INTERNAL at that moment; the peer's own status replaces it a
+    little later, without another callback. The peer's span has the right one.
+    """
+
     def done(ended: Any) -> None:
-        code, details = _result(ended.code()), _result(ended.details()) or ""
-        if not span.is_recording() or (code is grpc.StatusCode.INTERNAL and details == _PROVISIONAL):
-            return
-        _end_span(span, code, details, failed=code is not grpc.StatusCode.OK)
+        code = _result(ended.code())
+        _end_span(span, code, _result(ended.details()) or "", failed=code is not grpc.StatusCode.OK)
 
     rpc.add_done_callback(done)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import grpc
 from grpc_reflection.v1alpha import reflection
+
 from kvbaton.engine.errors import InvalidArgumentError, StartupError
 from kvbaton.rpc.health import HealthService
 from kvbaton.rpc.interceptors import ServerInterceptor, TracedChannel

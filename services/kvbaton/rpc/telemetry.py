@@ -113,9 +113,7 @@ def start_span(
     parent_context: Context | None = None,
 ) -> Span:
     """Start a span under `parent_context`, or the current one. The caller ends it; it is not made current."""
-    return trace.get_tracer(_INSTRUMENTATION).start_span(
-        name, context=parent_context, kind=kind, attributes=attributes
-    )
+    return trace.get_tracer(_INSTRUMENTATION).start_span(name, context=parent_context, kind=kind, attributes=attributes)
 
 
 def record_span(

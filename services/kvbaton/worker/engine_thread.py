@@ -105,9 +105,7 @@ class EngineThread:
         self._commands.put(self._stop)
         self._thread.join()
 
-    def submit(
-        self, handle: RequestHandle, prompt: Sequence[int], sampling: SamplingParams, route: Route
-    ) -> None:
+    def submit(self, handle: RequestHandle, prompt: Sequence[int], sampling: SamplingParams, route: Route) -> None:
         """Queue a request; its fate comes through `handle`. Raises OverloadedError when commands pile up."""
 
         def add() -> None:
@@ -195,9 +193,9 @@ class EngineThread:
             pass
 
     def _dispatch(self, result: StepResult) -> None:
-        events: list[tuple[RequestHandle, Request | TokenSampled | Exception]] = []
-        for request in result.admitted:
-            events.append((self._handles[request.request_id], request))
+        events: list[tuple[RequestHandle, Request | TokenSampled | Exception]] = [
+            (self._handles[request.request_id], request) for request in result.admitted
+        ]
         for event in result.sampled:
             handle = self._handles[event.request.request_id]
             if event.index == 0 and handle.on_first_token is not None:

@@ -34,8 +34,8 @@ class LoopThread:
     async def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` there and return its result, or raise its error.
 
-        When the caller is cancelled, `work` is cancelled and has ended before CancelledError comes out here: what it was
-        using may then be freed.
+        When the caller is cancelled, `work` is cancelled and has ended before CancelledError comes out here: what it
+        was using may then be freed.
         """
         outcome: Future[T] = Future()
         tasks: list[asyncio.Task[None]] = []
@@ -84,7 +84,6 @@ async def _settle(work: Coroutine[Any, Any, T], outcome: "Future[T]") -> None:
 
 class StoppedError(Exception):
     """Work was cancelled because its thread is ending."""
-
 
 
 @asynccontextmanager

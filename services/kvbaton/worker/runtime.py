@@ -55,9 +55,7 @@ def build_runtime(config: WorkerConfig, limits: Limits, on_layer: LayerListener 
     loaded = load_model(path, config.dtype, config.device)
     num_blocks = blocks_in(config.kv_memory, loaded.geometry, config.block_size)
     store = _allocate(loaded, num_blocks, config)
-    scheduler = Scheduler(
-        BlockPool(num_blocks, config.block_size), limits, loaded.eos_token_ids, loaded.max_model_len
-    )
+    scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits, loaded.eos_token_ids, loaded.max_model_len)
     engine = Engine(scheduler, ModelRunner(loaded, store, on_layer))
     info = model_info(loaded, config.served_model_name or model_name(path))
     logger.info(

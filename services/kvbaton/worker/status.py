@@ -39,7 +39,7 @@ class WorkerServicer(WorkerServiceServicer):
             "kvbaton.v1.WorkerService", lambda server: add_WorkerServiceServicer_to_server(self, server)
         )
 
-    async def GetStatus(  # type: ignore[override]
+    async def GetStatus(
         self,
         request: pb.GetStatusRequest,
         context: "grpc.aio.ServicerContext[pb.GetStatusRequest, pb.WorkerStatus]",

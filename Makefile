@@ -1,0 +1,45 @@
+# Everything a developer runs. `make demo` and `make test` need Python 3.11 or later, and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: install demo test check format protos cuda train clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvbaton needs Python 3.11 or later")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve,dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/kvbaton demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m 'not cuda'
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --output-format concise .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/yamllint --strict docker
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos:
+	$(PYTHON) -m venv build/protos
+	build/protos/bin/python -m pip install --quiet grpcio-tools==1.76.0 mypy-protobuf==3.7.0 setuptools==80.9.0
+	PATH=$(CURDIR)/build/protos/bin:$$PATH build/protos/bin/python scripts/gen_protos.py
+
+cuda: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m cuda
+
+train: $(INSTALLED)
+	$(BIN)/python scripts/train_tiny.py
+
+clean:
+	rm -rf .venv build dist
