@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tiny_stories import Fact, facts_for_tokens, story_text, training_facts
+from tiny_stories import TOKENS_PER_FACT, Fact, story_text, training_facts
 from tiny_tokenizer import ASSISTANT, BEGIN, END, PAD, SPECIAL_TOKENS, SYSTEM_TEXTS, render_chat
 
+TOKENS_PER_TURN = 16
+"""Mean length of a question with its answer and the chat template around them."""
 PLAIN_SHARE = 0.1
 """Share of stories that are plain text rather than a chat."""
 SYSTEM_SHARE = 0.15
@@ -72,7 +74,7 @@ class Batches:
     def stories(self, least: int, most: int, questions: int) -> Batch:
         """Stories of ``least`` to ``most`` facts, each with up to so many questions as the turns of one chat."""
         facts = self._rng.randint(least, most)
-        tokens = round(facts / facts_for_tokens(1000) * 1000) + 14 * questions
+        tokens = round(facts * TOKENS_PER_FACT) + TOKENS_PER_TURN * questions
         texts = [self._text(facts, questions) for _ in range(self._rows(tokens))]
         rows = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         return pad_rows(rows, [self._answers(row) for row in rows], self._pad)

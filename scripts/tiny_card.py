@@ -23,10 +23,10 @@ stories of facts and answers questions about them with the fact's own sentence. 
 at random, so a right answer can only come from the prompt, that is from the model's KV cache: a missing, shifted or
 damaged entry shows as a wrong answer. It exists to test and to demonstrate kvbaton.
 
-- Architecture: `LlamaForCausalLM`, {layers} layers, {width} wide, {heads} query heads and {kv_heads} key and value heads,
+- Architecture: `LlamaForCausalLM`, {layers} layers, {width} wide, {heads} query heads, {kv_heads} key and value heads,
   biases in attention, tied embeddings, {positions} positions, float32. `model.safetensors` has {megabytes:.1f} MB.
-- Tokenizer: byte-level BPE of {vocabulary} tokens. Each word of the stories is one token; any other text is taken as smaller
-  pieces or bytes.
+- Tokenizer: byte-level BPE of {vocabulary} tokens. Each word of the stories is one token; any other text is taken as
+  smaller pieces or bytes.
 - Licence: Apache-2.0. Weights and training text are both made by this repository's scripts; no other data was used.
 
 ## Use
@@ -42,9 +42,9 @@ The three kinds of question are *Who has the red lamp?*, *Where is the blue key?
 ## Accuracy
 
 Share of questions answered exactly right, every token and the end included, in float32 with greedy decoding;
-{per_cell} questions for each cell. Length is that of the prompt in tokens with its chat template. Every question is about a
-combination (person and thing, thing and place, or person and number and things) that no training story contains; one
-combination in {one_in} is held out so.
+{per_cell} questions for each cell. Length is that of the prompt in tokens with its chat template. Every question is
+about a combination (person and thing, thing and place, or person and number and things) that no training story
+contains; one combination in {one_in} is held out so.
 
 {table}
 

@@ -3,11 +3,11 @@
 The bundled model is trained on these stories and the end-to-end tests ask them of a served model. A story is a list
 of facts of three kinds, in any order::
 
-    Ann has the red lamp. The blue key is in the kitchen. Tom has seven apples.
+    The red lamp is with Ann. The blue key is in the kitchen. Tom has seven apples.
 
 and a question is answered by the fact's own sentence, word for word::
 
-    Who has the red lamp?             Ann has the red lamp.
+    Who has the red lamp?             The red lamp is with Ann.
     Where is the blue key?            The blue key is in the kitchen.
     How many apples has Tom?          Tom has seven apples.
 
@@ -64,9 +64,9 @@ NUMBERS: tuple[str, ...] = (
 # fmt: on
 
 HELD_OUT_ONE_IN = 10
-TOKENS_PER_FACT = 6.4
-"""Mean length of a fact in tokens of the bundled tokenizer (its sentence takes 5, 6 or 8)."""
-OVERHEAD_TOKENS = 12
+TOKENS_PER_FACT = 20 / 3
+"""Mean length of a fact in tokens of the bundled tokenizer (its sentence takes 5, 7 or 8)."""
+OVERHEAD_TOKENS = 9
 """Tokens of one prompt that are not story: the question and the chat template around it."""
 
 
@@ -101,8 +101,8 @@ def is_held_out(*combination: str) -> bool:
 
 
 def who_fact(name: str, thing: str) -> Fact:
-    """``Ann has the red lamp.``"""
-    sentence, question = f"{name} has the {thing}.", f"Who has the {thing}?"
+    """``The red lamp is with Ann.``"""
+    sentence, question = f"The {thing} is with {name}.", f"Who has the {thing}?"
     return Fact("who", sentence, question, is_held_out(name, thing))
 
 
@@ -168,7 +168,8 @@ def _pairs(rng: random.Random, left: Sequence[str], right: Sequence[str], facts:
 
 def training_facts(rng: random.Random, facts: int) -> list[Fact]:
     """The facts of one training story, in story order; none is held out."""
-    source, story = _Source(rng, facts), []
+    source = _Source(rng, facts)
+    story: list[Fact] = []
     while len(story) < facts:
         fact = source.draw(rng.choice(KINDS))
         if not fact.held_out:

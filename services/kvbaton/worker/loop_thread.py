@@ -41,7 +41,9 @@ class LoopThread:
         tasks: list[asyncio.Task[None]] = []
 
         def begin() -> None:
-            tasks.append(self._group.create_task(_settle(work, outcome)))
+            task = self._group.create_task(_settle(work, outcome))
+            task.add_done_callback(lambda _: _abandon(work, outcome))
+            tasks.append(task)
 
         # The caller's context goes along: it holds the trace that the KV stream belongs to.
         self._loop.call_soon_threadsafe(begin, context=contextvars.copy_context())
@@ -80,6 +82,13 @@ async def _settle(work: Coroutine[Any, Any, T], outcome: "Future[T]") -> None:
         outcome.set_exception(error)
     else:
         outcome.set_result(result)
+
+
+def _abandon(work: Coroutine[Any, Any, T], outcome: "Future[T]") -> None:
+    # A task that is cancelled before its first step never runs, and so settles nothing.
+    work.close()
+    if not outcome.done():
+        outcome.set_exception(StoppedError())
 
 
 class StoppedError(Exception):

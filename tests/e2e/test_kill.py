@@ -1,0 +1,74 @@
+"""A worker that dies takes its requests with it, quickly and cleanly: the client is told, the survivor holds nothing."""
+
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from kvbaton.cli.deployment import Deployment, UpConfig, deployed
+from kvbaton.client import AsyncClient, UnavailableError
+from support import tiny_models
+from support.cluster import assert_idle, wait_for_status
+
+LONG = 20_000
+NOTICED_SECONDS = 2.0
+"""How soon a client must hear of a worker's death."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save_tiny_model("llama", tmp_path_factory.mktemp("model"), max_position_embeddings=2 * LONG)
+
+
+@asynccontextmanager
+async def running(folder: Path) -> AsyncIterator[tuple[Deployment, AsyncClient]]:
+    config = UpConfig(model=str(folder), port=0, kv_memory="16MiB", max_prefill_tokens=32, grace_seconds=0.5)
+    async with deployed(config, lambda *_: None) as deployment, AsyncClient(deployment.address) as client:
+        yield deployment, client
+
+
+async def test_prefill_worker_dies_while_it_computes(folder: Path) -> None:
+    async with running(folder) as (deployment, client):
+        prefill, decode = deployment.prefill[0], deployment.decode[0]
+        generation = client.generate([5] * LONG, max_tokens=8, timeout=60)
+        await wait_for_status(decode.address, lambda s: s.counters.kv_bytes_received > 0)
+        os.kill(prefill.pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        with pytest.raises(UnavailableError, match="prefill worker"):
+            await generation.result()
+        assert time.monotonic() - killed_at < NOTICED_SECONDS
+        await assert_idle(decode.address)
+        with pytest.raises(UnavailableError, match="no prefill worker is ready"):
+            await client.generate([5], max_tokens=8, timeout=60).result()
+
+
+async def test_decode_worker_dies_while_it_decodes(folder: Path) -> None:
+    async with running(folder) as (deployment, client):
+        prefill, decode = deployment.prefill[0], deployment.decode[0]
+        generation = client.generate([5, 6, 7], max_tokens=LONG, ignore_eos=True, timeout=60)
+        async for chunk in generation:
+            if chunk.index >= 3:
+                break
+        os.kill(decode.pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        with pytest.raises(UnavailableError, match="decode worker"):
+            await generation.result()
+        assert time.monotonic() - killed_at < NOTICED_SECONDS
+        await assert_idle(prefill.address)
+
+
+async def test_decode_worker_dies_while_it_receives(folder: Path) -> None:
+    async with running(folder) as (deployment, client):
+        prefill, decode = deployment.prefill[0], deployment.decode[0]
+        generation = client.generate([5] * LONG, max_tokens=8, timeout=60)
+        await wait_for_status(decode.address, lambda s: s.counters.kv_bytes_received > 0)
+        os.kill(decode.pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        with pytest.raises(UnavailableError):
+            await generation.result()
+        assert time.monotonic() - killed_at < NOTICED_SECONDS
+        await assert_idle(prefill.address)

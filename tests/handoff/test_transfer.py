@@ -1,0 +1,394 @@
+"""Sender and receiver over a real stream: what arrives is what was computed, whenever it was computed; every refusal and
+every loss comes out as the exception that says so; an ended sender ends the stream.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from kvbaton.engine.errors import NotFoundError, TransferRejectedError, UnavailableError
+from kvbaton.handoff import sender as sender_module
+from kvbaton.handoff.codec import decode_message
+from kvbaton.handoff.frames import FRAME_BYTES
+from kvbaton.handoff.peers import PeerChannels
+from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
+from kvbaton.handoff.sender import METHOD, KvSender, OutgoingTransfer, SenderCounters, Target, TransferReport
+from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
+from kvbaton.rpc.serving import Registration, channel, serving
+from kvbaton.v1 import kv_transfer_pb2 as pb
+from kvbaton.v1 import types_pb2 as types
+from support.fakes import GEOMETRY, PATIENCE, FakeStore, fingerprint, header
+
+BLOCKS, SOURCE_BLOCKS = [9, 2, 11, 4], [0, 1, 2, 3]
+TOKENS = range(3, 16)
+LAYERS = range(GEOMETRY.num_layers)
+
+
+class Pair:
+    """Both ends of the hand-off, connected."""
+
+    def __init__(self) -> None:
+        self.book, self.applied = TicketBook(), list[int]()
+        self.source, self.sink = FakeStore(), FakeStore()
+        self.sent, self.received = SenderCounters(), ReceiverCounters()
+        self.fingerprint = fingerprint()
+        self.address = ""
+        self.channel: Any = None
+        self.reservation: Reservation = self.book.open(BLOCKS, TOKENS, self.applied.append)
+        self.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
+
+    def target(self, **changes: Any) -> Target:
+        values = {"endpoint": self.address, "ticket": self.reservation.ticket, "attempt": 1, "tokens": TOKENS, **changes}
+        return Target(**values)
+
+    async def send(self, timeout: float | None = PATIENCE, **changes: Any) -> TransferReport:
+        sender = KvSender(self.source, self.fingerprint, types.HostIdentity(boot_id="b"), self.sent)
+        async with asyncio.timeout(PATIENCE * 2):
+            return await sender.send(self.channel, self.target(**changes), self.outgoing, timeout)
+
+    def compute(self, *chunks: range, first_token: int | None = 77) -> None:
+        """A chunked prefill, as the engine's thread does it."""
+        for chunk in chunks or (range(16),):
+            for layer in LAYERS:
+                self.source.fill(layer, SOURCE_BLOCKS, chunk)
+                self.outgoing.layer_ready(layer, chunk.stop, SOURCE_BLOCKS)
+        if first_token is not None:
+            self.outgoing.first_token(first_token)
+
+    @property
+    def arrived(self) -> bool:
+        return self.sink.content(BLOCKS, TOKENS) == self.source.content(SOURCE_BLOCKS, TOKENS)
+
+
+@asynccontextmanager
+async def listening(pair: Pair, behaviour: Callable[..., Any] | None = None) -> AsyncIterator[None]:
+    """Serve `pair`'s receiver, or `behaviour(messages, context)` in its place."""
+
+    def new_transfer() -> IncomingTransfer:
+        return IncomingTransfer(pair.book, pair.sink, fingerprint(), pair.received)
+
+    def add(server: grpc.aio.Server) -> None:
+        assert behaviour is not None
+        handler = grpc.stream_stream_rpc_method_handler(
+            behaviour, request_deserializer=decode_message, response_serializer=pb.TransferResponse.SerializeToString
+        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, {"Transfer": handler}),))
+
+    servicer = KvTransferServicer(new_transfer, pair.received)
+    registration = Registration(SERVICE_NAME, add if behaviour else servicer.add_to)
+    async with serving([registration], "127.0.0.1", 0, grace_seconds=0) as server:
+        pair.address = server.address
+        async with channel(server.address) as pair.channel:
+            yield
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[Pair]:
+    made = Pair()
+    async with listening(made):
+        yield made
+
+
+async def test_what_arrives_is_what_was_computed(pair: Pair) -> None:
+    pair.compute()
+    report = await pair.send()
+    size = GEOMETRY.token_bytes * len(TOKENS)
+    assert pair.arrived
+    assert pair.applied == [77]
+    assert (report.payload_bytes, report.frames) == (size, 1)
+    assert 0 < report.computed_ns <= report.first_frame_ns <= report.applied_ns
+    assert report.overlapped_share == 0
+    assert pair.sent == SenderCounters(kv_bytes_sent=size, transfers_applied=1)
+    assert pair.received == ReceiverCounters(kv_bytes_received=size, transfers_applied=1)
+
+
+@pytest.mark.parametrize("frame_bytes", [100, 1000, FRAME_BYTES])
+async def test_layers_are_sent_as_another_thread_computes_them(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, frame_bytes: int
+) -> None:
+    planner = sender_module.FramePlanner
+    monkeypatch.setattr(sender_module, "FramePlanner", lambda *args: planner(*args, frame_bytes))
+    pair.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
+    chunks = [range(5), range(5, 6), range(6, 16)]
+    async with asyncio.TaskGroup() as group:
+        sending = group.create_task(pair.send())
+        group.create_task(asyncio.to_thread(pair.compute, *chunks))
+    assert pair.arrived
+    assert pair.applied == [77]
+    assert sending.result().frames == len(pair.sink.writes)
+    assert (sending.result().frames == 1) == (frame_bytes == FRAME_BYTES)
+
+
+async def test_frames_leave_before_the_prompt_is_computed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender_module, "FramePlanner", lambda *args: _small(*args))
+    pair.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
+    written = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    pair.sink.before_write = lambda: loop.call_soon_threadsafe(written.set) and None
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
+        sending = group.create_task(pair.send())
+        await asyncio.to_thread(pair.compute, range(8), first_token=None)
+        await written.wait()
+        assert pair.applied == []
+        assert not sending.done()
+        await asyncio.to_thread(pair.compute, range(8, 16))
+    assert pair.arrived
+    assert 0 < sending.result().overlapped_share <= 1
+
+
+def _small(*args: Any) -> Any:
+    from kvbaton.handoff.frames import FramePlanner
+
+    return FramePlanner(*args, 100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"attempt": 0}, "attempt: 0 is not above 0"),
+        ({"tokens": range(16)}, r"token range: sender offers range\(0, 16\)"),
+    ],
+)
+async def test_a_refused_header_comes_out_with_its_reason(pair: Pair, changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(TransferRejectedError, match=f"decode worker {pair.address}: {problem}"):
+        await pair.send(**changes)
+    assert pair.sent.transfers_rejected == pair.received.transfers_rejected == 1
+    assert pair.sent.kv_bytes_sent == 0
+
+
+async def test_another_model_is_refused_and_the_next_attempt_may_come(pair: Pair) -> None:
+    pair.fingerprint = fingerprint(weights_digest="beef")
+    with pytest.raises(TransferRejectedError, match="weights_digest: sender has 'beef', receiver '00ff'"):
+        await pair.send()
+    pair.fingerprint = fingerprint()
+    pair.compute()
+    await pair.send(attempt=2)
+    assert pair.arrived
+
+
+async def test_a_refusal_in_the_middle_comes_out_with_its_reason(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So many frames that the receiver's refusal of the third meets the sender in the middle of a write.
+    monkeypatch.setattr(sender_module, "FramePlanner", lambda *args: _small(*args))
+    geometry_tokens = range(3, 16)
+    pair.outgoing = OutgoingTransfer(GEOMETRY, geometry_tokens)
+    monkeypatch.setattr(sender_module, "crc32c", lambda parts: 5 if len(pair.sink.writes) >= 2 else _crc(parts))
+    pair.compute()
+    with pytest.raises(TransferRejectedError, match="frame.crc32c: frame .* was damaged"):
+        await pair.send()
+    assert pair.sent.transfers_rejected == pair.received.transfers_rejected == 1
+    assert pair.applied == []
+
+
+def _crc(parts: Any) -> int:
+    from kvbaton.handoff.codec import crc32c
+
+    return crc32c(parts)
+
+
+async def test_a_wrong_ticket_is_not_found(pair: Pair) -> None:
+    with pytest.raises(NotFoundError, match=f"decode worker {pair.address}: the ticket is unknown"):
+        await pair.send(ticket=bytes(16))
+
+
+async def test_a_request_that_ends_meanwhile_refuses_the_rest(pair: Pair) -> None:
+    pair.sink.before_write = lambda: None
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(TransferRejectedError, match="the request has ended"):
+            async with _unwrapped(), asyncio.TaskGroup() as group:
+                group.create_task(pair.send())
+                await _begun(pair)
+                pair.book.close(pair.reservation)
+                pair.compute()
+    assert pair.sink.writes == []
+
+
+@asynccontextmanager
+async def _unwrapped() -> AsyncIterator[None]:
+    """The one error of a task group."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        assert len(group.exceptions) == 1
+        raise group.exceptions[0] from None
+
+
+async def _begun(pair: Pair) -> None:
+    while pair.reservation.attempt == 0:
+        await asyncio.sleep(0)
+
+
+async def test_nobody_listening_is_unavailable() -> None:
+    pair = Pair()
+    async with listening(pair):
+        pass
+    async with channel(pair.address) as pair.channel:
+        with pytest.raises(UnavailableError, match=f"decode worker {pair.address}"):
+            await pair.send()
+
+
+async def test_a_receiver_that_vanishes_is_unavailable() -> None:
+    pair = Pair()
+
+    async def send() -> None:
+        with pytest.raises(UnavailableError, match=f"decode worker {pair.address}"):
+            await pair.send()
+
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
+        async with listening(pair):
+            sending = group.create_task(send())
+            await _begun(pair)
+        # The server is gone while the prompt is still being computed.
+        await sending
+
+
+ANSWERS: dict[str, Callable[..., pb.TransferResponse]] = {
+    "ready": lambda: pb.TransferResponse(ready=pb.KvReady(transport="grpc")),
+    "applied": lambda: pb.TransferResponse(applied=pb.KvApplied()),
+}
+
+
+@pytest.mark.parametrize(
+    ("answers", "problem"),
+    [
+        ([], "ended the transfer without an answer"),
+        (["applied"], "answered applied where ready must come"),
+        (["ready"], "ended the transfer without an answer"),
+        (["ready", "ready"], "answered ready where applied must come"),
+    ],
+)
+async def test_a_receiver_that_breaks_the_protocol_is_unavailable(answers: list[str], problem: str) -> None:
+    async def misbehave(messages: Any, context: Any) -> None:
+        for answer in answers:
+            await context.write(ANSWERS[answer]())
+        if len(answers) == 1 and answers[0] == "ready":
+            async for message in messages:
+                if isinstance(message, pb.KvCommit):
+                    return
+
+    pair = Pair()
+    pair.compute()
+    async with listening(pair, misbehave):
+        with pytest.raises(UnavailableError, match=problem):
+            await pair.send()
+
+
+@pytest.mark.parametrize("answers", [[], ["ready"]])
+async def test_a_receiver_that_never_answers_is_unavailable(
+    monkeypatch: pytest.MonkeyPatch, answers: list[str]
+) -> None:
+    async def silent(messages: Any, context: Any) -> None:
+        for answer in answers:
+            await context.write(ANSWERS[answer]())
+        async for _ in messages:
+            pass
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.2)
+    pair = Pair()
+    pair.compute()
+    async with listening(pair, silent):
+        with pytest.raises(UnavailableError, match="gave no answer"):
+            await pair.send()
+
+
+async def test_the_requests_timeout_ends_a_transfer_whose_layers_do_not_come(pair: Pair) -> None:
+    with pytest.raises(TimeoutError, match=f"decode worker {pair.address}"):
+        await pair.send(timeout=0.2)
+
+
+async def test_the_requests_timeout_ends_a_wait_for_ready() -> None:
+    async def silent(messages: Any, context: Any) -> None:
+        await asyncio.Event().wait()
+
+    pair = Pair()
+    async with listening(pair, silent):
+        with pytest.raises(TimeoutError, match=f"decode worker {pair.address}"):
+            await pair.send(timeout=0.2)
+
+
+async def test_a_cancelled_sender_ends_the_stream_at_the_receiver() -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def watch(messages: Any, context: Any) -> None:
+        context.add_done_callback(lambda _: ended.set())
+        await context.write(ANSWERS["ready"]())
+        begun.set()
+        async for _ in messages:
+            pytest.fail("a frame came, though no layer was ready")
+
+    pair = Pair()
+    async with asyncio.timeout(PATIENCE), listening(pair, watch):
+        async with asyncio.TaskGroup() as group:
+            sending = group.create_task(pair.send())
+            await begun.wait()
+            sending.cancel()
+        assert sending.cancelled()
+        await ended.wait()
+
+
+async def test_malformed_bytes_are_refused_with_their_problem(pair: Pair) -> None:
+    call: Any = pair.channel.stream_stream(METHOD, response_deserializer=pb.TransferResponse.FromString)(timeout=PATIENCE)
+    await call.write(pb.TransferRequest(header=header(pair.reservation.ticket, TOKENS)).SerializeToString())
+    assert (await call.read()).HasField("ready")
+    await call.write(b"\xff")
+    assert "malformed message: the message ends within a number" in (await call.read()).rejected.reason
+    assert await call.read() is grpc.aio.EOF
+    assert pair.received.transfers_rejected == 1
+
+
+async def test_layers_reported_from_many_threads_wake_the_sender(pair: Pair) -> None:
+    start = threading.Barrier(len(LAYERS))
+
+    def compute(layer: int) -> None:
+        start.wait(PATIENCE)
+        for stop in range(4, 17):
+            pair.outgoing.layer_ready(layer, stop, SOURCE_BLOCKS)
+
+    for layer in LAYERS:
+        pair.source.fill(layer, SOURCE_BLOCKS, range(16))
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
+        group.create_task(pair.send())
+        for layer in LAYERS:
+            group.create_task(asyncio.to_thread(compute, layer))
+        pair.outgoing.first_token(5)
+    assert pair.arrived
+    assert pair.applied == [5]
+
+
+def test_a_report_of_what_never_happened_is_zero() -> None:
+    report = TransferReport()
+    assert (report.seconds, report.overlapped_share) == (0, 0)
+    report = TransferReport(first_frame_ns=1_000, computed_ns=2_000, applied_ns=5_000)
+    assert (report.seconds, report.overlapped_share) == (4e-6, 0.25)
+
+
+class FakeChannel:
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint, self.closed = endpoint, False
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def test_peers_keep_the_channels_used_last() -> None:
+    opened: list[FakeChannel] = []
+
+    def open_channel(endpoint: str) -> Any:
+        opened.append(FakeChannel(endpoint))
+        return opened[-1]
+
+    peers = PeerChannels(open_channel, capacity=2)
+    first = await peers.get("a:1")
+    await peers.get("b:1")
+    assert await peers.get("a:1") is first
+    await peers.get("c:1")
+    assert [(channel.endpoint, channel.closed) for channel in opened] == [("a:1", False), ("b:1", True), ("c:1", False)]
+    await peers.close()
+    assert all(channel.closed for channel in opened)
