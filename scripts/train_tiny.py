@@ -213,6 +213,8 @@ def train(plan: Plan) -> str:
 def save(model: Any, out: Path) -> None:
     """Write config, generation config and weights in float32."""
     model.save_pretrained(out)
+    # Weights are written through a private temporary file; a bundled file is for everyone to read.
+    (out / "model.safetensors").chmod(0o644)
     LOG.info("saved to %s", out)
 
 

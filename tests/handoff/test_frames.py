@@ -131,7 +131,11 @@ def test_coverage_refuses_gaps_repeats_and_what_lies_outside(rectangle: Rectangl
 
 def test_coverage_is_complete_when_the_last_layer_is() -> None:
     coverage = Coverage(KvGeometry((ONE,) * 2, "float32"), 0, 4)
-    for rectangle in (Rectangle(range(2), range(2)), Rectangle(range(1), range(2, 4)), Rectangle(range(1, 2), range(2, 4))):
+    for rectangle in (
+        Rectangle(range(2), range(2)),
+        Rectangle(range(1), range(2, 4)),
+        Rectangle(range(1, 2), range(2, 4)),
+    ):
         assert not coverage.complete
         assert coverage.problem(rectangle) is None
         coverage.add(rectangle)

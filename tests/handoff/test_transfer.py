@@ -1,5 +1,5 @@
-"""Sender and receiver over a real stream: what arrives is what was computed, whenever it was computed; every refusal and
-every loss comes out as the exception that says so; an ended sender ends the stream.
+"""Sender and receiver over a real stream: what arrives is what was computed, whenever it was computed; every refusal
+and every loss comes out as the exception that says so; an ended sender ends the stream.
 """
 
 import asyncio
@@ -12,9 +12,10 @@ import grpc
 import pytest
 
 from kvbaton.engine.errors import NotFoundError, TransferRejectedError, UnavailableError
+from kvbaton.engine.geometry import KvGeometry, LayerGeometry
 from kvbaton.handoff import sender as sender_module
-from kvbaton.handoff.codec import decode_message
-from kvbaton.handoff.frames import FRAME_BYTES
+from kvbaton.handoff.codec import crc32c, decode_message
+from kvbaton.handoff.frames import FRAME_BYTES, FramePlanner
 from kvbaton.handoff.peers import PeerChannels
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
 from kvbaton.handoff.sender import METHOD, KvSender, OutgoingTransfer, SenderCounters, Target, TransferReport
@@ -41,9 +42,16 @@ class Pair:
         self.channel: Any = None
         self.reservation: Reservation = self.book.open(BLOCKS, TOKENS, self.applied.append)
         self.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
+        self.begun = asyncio.Event()
 
     def target(self, **changes: Any) -> Target:
-        values = {"endpoint": self.address, "ticket": self.reservation.ticket, "attempt": 1, "tokens": TOKENS, **changes}
+        values = {
+            "endpoint": self.address,
+            "ticket": self.reservation.ticket,
+            "attempt": 1,
+            "tokens": TOKENS,
+            **changes,
+        }
         return Target(**values)
 
     async def send(self, timeout: float | None = PATIENCE, **changes: Any) -> TransferReport:
@@ -69,8 +77,14 @@ class Pair:
 async def listening(pair: Pair, behaviour: Callable[..., Any] | None = None) -> AsyncIterator[None]:
     """Serve `pair`'s receiver, or `behaviour(messages, context)` in its place."""
 
+    class Transfer(IncomingTransfer):
+        def begin(self, header: pb.KvHeader) -> str:
+            transport = super().begin(header)
+            pair.begun.set()
+            return transport
+
     def new_transfer() -> IncomingTransfer:
-        return IncomingTransfer(pair.book, pair.sink, fingerprint(), pair.received)
+        return Transfer(pair.book, pair.sink, fingerprint(), pair.received)
 
     def add(server: grpc.aio.Server) -> None:
         assert behaviour is not None
@@ -111,8 +125,7 @@ async def test_what_arrives_is_what_was_computed(pair: Pair) -> None:
 async def test_layers_are_sent_as_another_thread_computes_them(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, frame_bytes: int
 ) -> None:
-    planner = sender_module.FramePlanner
-    monkeypatch.setattr(sender_module, "FramePlanner", lambda *args: planner(*args, frame_bytes))
+    monkeypatch.setattr(sender_module, "FramePlanner", lambda *args: FramePlanner(*args, frame_bytes))
     pair.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
     chunks = [range(5), range(5, 6), range(6, 16)]
     async with asyncio.TaskGroup() as group:
@@ -125,11 +138,10 @@ async def test_layers_are_sent_as_another_thread_computes_them(
 
 
 async def test_frames_leave_before_the_prompt_is_computed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender_module, "FramePlanner", lambda *args: _small(*args))
+    monkeypatch.setattr(sender_module, "FramePlanner", _in_small_frames)
     pair.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
     written = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    pair.sink.before_write = lambda: loop.call_soon_threadsafe(written.set) and None
+    pair.sink.before_write = written.set
     async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         sending = group.create_task(pair.send())
         await asyncio.to_thread(pair.compute, range(8), first_token=None)
@@ -141,10 +153,8 @@ async def test_frames_leave_before_the_prompt_is_computed(pair: Pair, monkeypatc
     assert 0 < sending.result().overlapped_share <= 1
 
 
-def _small(*args: Any) -> Any:
-    from kvbaton.handoff.frames import FramePlanner
-
-    return FramePlanner(*args, 100)
+def _in_small_frames(geometry: KvGeometry, start: int, stop: int) -> FramePlanner:
+    return FramePlanner(geometry, start, stop, 100)
 
 
 @pytest.mark.parametrize(
@@ -171,25 +181,16 @@ async def test_another_model_is_refused_and_the_next_attempt_may_come(pair: Pair
     assert pair.arrived
 
 
-async def test_a_refusal_in_the_middle_comes_out_with_its_reason(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_refusal_in_the_middle_comes_out_with_its_reason(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     # So many frames that the receiver's refusal of the third meets the sender in the middle of a write.
-    monkeypatch.setattr(sender_module, "FramePlanner", lambda *args: _small(*args))
-    geometry_tokens = range(3, 16)
-    pair.outgoing = OutgoingTransfer(GEOMETRY, geometry_tokens)
-    monkeypatch.setattr(sender_module, "crc32c", lambda parts: 5 if len(pair.sink.writes) >= 2 else _crc(parts))
+    monkeypatch.setattr(sender_module, "FramePlanner", _in_small_frames)
+    pair.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
+    monkeypatch.setattr(sender_module, "crc32c", lambda parts: 5 if len(pair.sink.writes) >= 2 else crc32c(parts))
     pair.compute()
     with pytest.raises(TransferRejectedError, match="frame.crc32c: frame .* was damaged"):
         await pair.send()
     assert pair.sent.transfers_rejected == pair.received.transfers_rejected == 1
     assert pair.applied == []
-
-
-def _crc(parts: Any) -> int:
-    from kvbaton.handoff.codec import crc32c
-
-    return crc32c(parts)
 
 
 async def test_a_wrong_ticket_is_not_found(pair: Pair) -> None:
@@ -198,30 +199,16 @@ async def test_a_wrong_ticket_is_not_found(pair: Pair) -> None:
 
 
 async def test_a_request_that_ends_meanwhile_refuses_the_rest(pair: Pair) -> None:
-    pair.sink.before_write = lambda: None
-    async with asyncio.timeout(PATIENCE):
+    async def send() -> None:
         with pytest.raises(TransferRejectedError, match="the request has ended"):
-            async with _unwrapped(), asyncio.TaskGroup() as group:
-                group.create_task(pair.send())
-                await _begun(pair)
-                pair.book.close(pair.reservation)
-                pair.compute()
+            await pair.send()
+
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
+        group.create_task(send())
+        await pair.begun.wait()
+        pair.book.close(pair.reservation)
+        pair.compute()
     assert pair.sink.writes == []
-
-
-@asynccontextmanager
-async def _unwrapped() -> AsyncIterator[None]:
-    """The one error of a task group."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        assert len(group.exceptions) == 1
-        raise group.exceptions[0] from None
-
-
-async def _begun(pair: Pair) -> None:
-    while pair.reservation.attempt == 0:
-        await asyncio.sleep(0)
 
 
 async def test_nobody_listening_is_unavailable() -> None:
@@ -243,7 +230,7 @@ async def test_a_receiver_that_vanishes_is_unavailable() -> None:
     async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         async with listening(pair):
             sending = group.create_task(send())
-            await _begun(pair)
+            await pair.begun.wait()
         # The server is gone while the prompt is still being computed.
         await sending
 
@@ -313,6 +300,23 @@ async def test_the_requests_timeout_ends_a_wait_for_ready() -> None:
             await pair.send(timeout=0.2)
 
 
+async def test_the_requests_timeout_ends_a_write_that_the_receiver_does_not_take() -> None:
+    async def unread(messages: Any, context: Any) -> None:
+        await context.write(ANSWERS["ready"]())
+        await asyncio.Event().wait()
+
+    geometry = KvGeometry((LayerGeometry(64, 128, 128),) * 4, "float32")
+    pair = Pair()
+    pair.source = FakeStore(geometry, num_blocks=64)
+    pair.outgoing = OutgoingTransfer(geometry, range(200))
+    for layer in range(4):
+        pair.outgoing.layer_ready(layer, 200, list(range(64)))
+    async with listening(pair, unread):
+        with pytest.raises(TimeoutError, match=f"decode worker {pair.address}"):
+            await pair.send(timeout=0.5, tokens=range(200))
+    assert 0 < pair.sent.kv_bytes_sent < geometry.span_bytes(0, 4, 200)
+
+
 async def test_a_cancelled_sender_ends_the_stream_at_the_receiver() -> None:
     begun, ended = asyncio.Event(), asyncio.Event()
 
@@ -334,7 +338,9 @@ async def test_a_cancelled_sender_ends_the_stream_at_the_receiver() -> None:
 
 
 async def test_malformed_bytes_are_refused_with_their_problem(pair: Pair) -> None:
-    call: Any = pair.channel.stream_stream(METHOD, response_deserializer=pb.TransferResponse.FromString)(timeout=PATIENCE)
+    call: Any = pair.channel.stream_stream(METHOD, response_deserializer=pb.TransferResponse.FromString)(
+        timeout=PATIENCE
+    )
     await call.write(pb.TransferRequest(header=header(pair.reservation.ticket, TOKENS)).SerializeToString())
     assert (await call.read()).HasField("ready")
     await call.write(b"\xff")

@@ -75,9 +75,7 @@ class Cluster:
 
 
 @asynccontextmanager
-async def serving_in_loop(
-    serve: Callable[..., Coroutine[Any, Any, None]], config: Any
-) -> AsyncIterator[Server]:
+async def serving_in_loop(serve: Callable[..., Coroutine[Any, Any, None]], config: Any) -> AsyncIterator[Server]:
     """Run one service in this loop for the length of the block. Raises what its start raises."""
     stop = asyncio.Event()
     started: asyncio.Future[Server] = asyncio.get_running_loop().create_future()

@@ -60,13 +60,10 @@ class FakeStore:
         self.block_size = block_size
         size = DTYPE_BYTES[geometry.dtype]
         # (width of a token's row, rows), K and V in turn
-        self.memory = [
-            [
-                (width, bytearray(width * num_blocks * block_size))
-                for width in (layer.num_kv_heads * layer.k_head_dim * size, layer.num_kv_heads * layer.v_head_dim * size)
-            ]
-            for layer in geometry.layers
-        ]
+        self.memory = []
+        for layer in geometry.layers:
+            widths = [layer.num_kv_heads * dim * size for dim in (layer.k_head_dim, layer.v_head_dim)]
+            self.memory.append([(width, bytearray(width * num_blocks * block_size)) for width in widths])
         self.before_write: Callable[[], None] = lambda: None
         """Called at the beginning of each write, on the writer's thread."""
         self.writes: list[tuple[range, range]] = []

@@ -108,7 +108,7 @@ def test_a_long_run_of_broken_bytes_is_shown_as_it_grows(tokenizer: Tokenizer) -
     broken = [_byte_tokens(tokenizer)[0xFF]] * 50
     pieces = stream(tokenizer, tokenizer.encode("the "), broken)
     assert "".join(pieces) == REPLACEMENT * 50
-    assert len(pieces[-1]) <= 3
+    assert len(pieces[-1]) < 8
 
 
 def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:

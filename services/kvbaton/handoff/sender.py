@@ -6,8 +6,10 @@ not bytes.
 """
 
 import asyncio
+import contextlib
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,8 @@ from kvbaton.handoff.codec import RunningDigest, crc32c, encode_frame, encode_me
 from kvbaton.handoff.frames import FramePlanner, Rectangle
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
+
+logger = logging.getLogger(__name__)
 
 Call = grpc.aio.StreamStreamCall[bytes, pb.TransferResponse]
 METHOD = "/kvbaton.v1.KvTransferService/Transfer"
@@ -153,21 +157,38 @@ class KvSender:
         outgoing.attach()
         method: Any = channel.stream_stream(METHOD, response_deserializer=pb.TransferResponse.FromString)
         call: Call = method(timeout=timeout)
+        header = encode_message(self._header(target))
         try:
-            await call.write(encode_message(self._header(target)))
-            await self._answer(call, "ready", target)
-            await self._frames(call, target, outgoing)
-            await call.done_writing()
-            await self._answer(call, "applied", target)
+            await self._exchange(call, target, "ready", lambda: call.write(header))
+            await self._exchange(call, target, "applied", lambda: self._frames(call, target, outgoing))
             outgoing.report.applied_ns = wall_ns()
             self._counters.transfers_applied += 1
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            # A write to a stream that the receiver has ended fails before its reason was read.
-            await self._answer(call, "applied", target)
-            raise UnavailableError(f"decode worker {target.endpoint} ended the transfer") from error
         finally:
             call.cancel()
         return outgoing.report
+
+    async def _exchange(
+        self, call: "Call", target: Target, expected: str, write: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Write, and read the answer all the while: a receiver that refuses or vanishes is noticed at once.
+
+        If nobody were reading when a write to an ended stream fails, the receiver's reason would be lost.
+        """
+        async with asyncio.TaskGroup() as group:
+            writing = group.create_task(_until_ended(write))
+            answering = group.create_task(_read(call))
+            await asyncio.wait({writing, answering}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({answering}, timeout=ANSWER_TIMEOUT_SECONDS)
+            writing.cancel()
+            answering.cancel()
+        peer = f"decode worker {target.endpoint}"
+        if answering.cancelled():
+            raise UnavailableError(f"{peer} gave no answer for {ANSWER_TIMEOUT_SECONDS:.0f} s")
+        answer = answering.result()
+        if isinstance(answer, grpc.aio.AioRpcError) and call.time_remaining() == 0:
+            # Not the status: where the deadline meets a write, gRPC says INTERNAL.
+            raise TimeoutError(f"{peer}: deadline exceeded") from answer
+        self._check(answer, expected, peer)
 
     async def _frames(
         self,
@@ -203,21 +224,16 @@ class KvSender:
             digest=digest.value(),
         )
         await call.write(encode_message(commit))
+        await call.done_writing()
 
-    async def _answer(self, call: "Call", expected: str, target: Target) -> None:
-        peer = f"decode worker {target.endpoint}"
-        try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
-                answer = await call.read()
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.NOT_FOUND:
-                raise NotFoundError(f"{peer}: {error.details()}") from error
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise TimeoutError(f"{peer}: {error.details()}") from error
-            raise UnavailableError(f"{peer}: {error.details()}") from error
-        except TimeoutError as error:
-            raise UnavailableError(f"{peer} gave no answer for {ANSWER_TIMEOUT_SECONDS:.0f} s") from error
-        if not isinstance(answer, pb.TransferResponse):
+    def _check(self, answer: pb.TransferResponse | grpc.aio.AioRpcError | None, expected: str, peer: str) -> None:
+        if isinstance(answer, grpc.aio.AioRpcError):
+            if answer.code() is grpc.StatusCode.NOT_FOUND:
+                raise NotFoundError(f"{peer}: {answer.details()}") from answer
+            if answer.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise TimeoutError(f"{peer}: {answer.details()}") from answer
+            raise UnavailableError(f"{peer}: {answer.details()}") from answer
+        if answer is None:
             raise UnavailableError(f"{peer} ended the transfer without an answer")
         if answer.HasField("rejected"):
             self._counters.transfers_rejected += 1
@@ -236,3 +252,20 @@ class KvSender:
             transports=["grpc"],
             host=self._host,
         )
+
+
+async def _read(call: Call) -> pb.TransferResponse | grpc.aio.AioRpcError | None:
+    """The next answer, the error that the call ended with, or None when it ended without one."""
+    try:
+        answer = await call.read()
+    except grpc.aio.AioRpcError as error:
+        return error
+    return answer if isinstance(answer, pb.TransferResponse) else None
+
+
+async def _until_ended(write: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    try:
+        await write()
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+        # The answer, which is being read, says why the stream has ended.
+        logger.debug("the receiver has ended the stream: %s", error)

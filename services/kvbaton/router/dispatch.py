@@ -63,6 +63,7 @@ class Dispatch:
         )
         stub = DecodeServiceStub(self.decode.channel)
         peer = f"decode worker {self.decode.address}"
+        finished: decode_pb2.DecodeFinished | None = None
         async with _leg(stub.Decode(request, timeout=_left(deadline)), peer) as responses:
             async for response in responses:
                 match response.WhichOneof("event"):
@@ -74,10 +75,11 @@ class Dispatch:
                         await self._first_emitted.wait()
                         await self._pass_on(response.tokens)
                     case "finished":
-                        self.timings.decode_wait_seconds = response.finished.wait_seconds
-                        self.timings.decode_seconds = response.finished.decode_seconds
-                        return
-        raise UnavailableError(f"{peer} ended the request early")
+                        finished = response.finished
+                        self.timings.decode_wait_seconds = finished.wait_seconds
+                        self.timings.decode_seconds = finished.decode_seconds
+        if finished is None:
+            raise UnavailableError(f"{peer} ended the request early")
 
     async def _prefill_leg(
         self,
@@ -94,6 +96,7 @@ class Dispatch:
         )
         stub = PrefillServiceStub(self.prefill.channel)
         peer = f"prefill worker {self.prefill.address}"
+        finished: prefill_pb2.PrefillFinished | None = None
         async with _leg(stub.Prefill(request, timeout=_left(deadline)), peer) as responses:
             async for response in responses:
                 if response.HasField("first_token"):
@@ -108,8 +111,8 @@ class Dispatch:
                     if finished.HasField("transfer"):
                         self.timings.transfer.CopyFrom(finished.transfer)
                     self.cached_tokens = finished.cached_tokens
-                    return
-        raise UnavailableError(f"{peer} ended the request early")
+        if finished is None:
+            raise UnavailableError(f"{peer} ended the request early")
 
     async def _pass_on(self, tokens: types.TokenEvent) -> None:
         if tokens.first_index != self.num_emitted:

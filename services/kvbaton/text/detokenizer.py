@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from kvbaton.text.tokenizer import REPLACEMENT, Tokenizer
 
-_MAX_HELD = 3
-"""Replacement characters at the end that may still become one character: some decoders show one a byte."""
 _CHARACTER_BYTES = 4
-_CONTEXT_TOKENS = 16
-"""Prompt tokens that prime the decoder: enough to tell the bytes of one character from a run of broken ones."""
+_MAX_HELD = 2 * _CHARACTER_BYTES - 1
+"""Replacement characters at the end that may still become text. Some decoders show one for each byte, and for the bytes
+of the character before, too, until the last character is complete."""
+_CONTEXT_TOKENS = 32
+"""Prompt tokens that prime the decoder: enough to tell a character's bytes from a longer run of broken ones."""
 
 
 class IncrementalDetokenizer:
@@ -23,32 +24,20 @@ class IncrementalDetokenizer:
     def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int]) -> None:
         """Without a tokenizer all text is empty."""
         self._tokenizer = tokenizer
-        self._tokens = list(prompt[-_CONTEXT_TOKENS:])
-        # Where the text was last complete: what lies before may be forgotten when it is so again.
-        self._settled = len(self._tokens)
-        # Characters of the tokens' text that were shown.
+        # The run that is decoded.
+        self._tokens: list[int] = []
+        # Where in it the text was last complete: what lies before may be forgotten when it is so again.
+        self._settled = 0
+        # Characters of the run's text that were shown.
         self._shown = 0
         if tokenizer is not None:
-            text = tokenizer.decode(self._tokens)
-            self._shown = len(text)
-            if text.endswith(REPLACEMENT):
-                self._replay(prompt[-_CONTEXT_TOKENS - _CHARACTER_BYTES + 1 :], tokenizer)
+            self._prime(prompt, tokenizer)
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add tokens; return the text that has become certain."""
         if self._tokenizer is None:
             return ""
-        self._tokens.extend(token_ids)
-        text = self._tokenizer.decode(self._tokens)
-        held = min(len(text) - len(text.rstrip(REPLACEMENT)), _MAX_HELD)
-        certain = len(text) - held
-        new = text[self._shown : certain]
-        self._shown = max(self._shown, certain)
-        if new and not held:
-            del self._tokens[: self._settled]
-            self._settled = len(self._tokens)
-            self._shown = len(self._tokenizer.decode(self._tokens))
-        return new
+        return "".join([self._push(token_id, self._tokenizer) for token_id in token_ids])
 
     def flush(self) -> str:
         """What was held back, as the decoder shows it; to be asked once, after the last token."""
@@ -59,13 +48,31 @@ class IncrementalDetokenizer:
         self._shown = max(self._shown, len(text))
         return new
 
-    def _replay(self, tail: Sequence[int], tokenizer: Tokenizer) -> None:
-        """Take a prompt whose end is not certain as if its tail had been pushed, from the start of a character on."""
+    def _push(self, token_id: int, tokenizer: Tokenizer) -> str:
+        self._tokens.append(token_id)
+        text = tokenizer.decode(self._tokens)
+        held = min(len(text) - len(text.rstrip(REPLACEMENT)), _MAX_HELD)
+        certain = len(text) - held
+        new = text[self._shown : certain]
+        self._shown = max(self._shown, certain)
+        if new and not held:
+            del self._tokens[: self._settled]
+            self._settled = len(self._tokens)
+            self._shown = len(tokenizer.decode(self._tokens))
+        return new
+
+    def _prime(self, prompt: Sequence[int], tokenizer: Tokenizer) -> None:
+        for count in range(1, 1 + min(2 * _CHARACTER_BYTES, len(prompt))):
+            text = tokenizer.decode(prompt[-count:])
+            if text and REPLACEMENT not in text:
+                self._tokens, self._settled, self._shown = list(prompt[-count:]), count, len(text)
+                return
+        # The prompt's end is not certain: take its tail as if it had been pushed, from the start of a character on.
+        tail = prompt[-_CONTEXT_TOKENS - _CHARACTER_BYTES + 1 :]
         starts = range(min(_CHARACTER_BYTES, len(tail)))
         start = next((at for at in starts if _starts_character(tail[at : at + _CHARACTER_BYTES], tokenizer)), 0)
-        self._tokens, self._settled, self._shown = [], 0, 0
         for token_id in tail[start:]:
-            self.push([token_id])
+            self._push(token_id, tokenizer)
 
 
 def _starts_character(token_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
