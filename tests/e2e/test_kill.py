@@ -1,4 +1,4 @@
-"""A worker that dies takes its requests with it, quickly and cleanly: the client is told, the survivor holds nothing."""
+"""A worker that dies ends its requests quickly and cleanly: the client is told, the survivor holds nothing."""
 
 import os
 import signal

@@ -27,10 +27,13 @@ async def router_refusal(prefill: Path, decode: Path, swap: bool = False) -> Bas
         addresses = (second.address, first.address) if swap else (first.address, second.address)
         config = RouterConfig(model=str(prefill), prefill=addresses[:1], decode=addresses[1:], port=0)
         with pytest.raises(BaseExceptionGroup) as caught:
-            async with serving_in_loop(serve_router, config) as router:
-                assert router.port
-                await asyncio.Event().wait()
+            await serve_until_it_fails(config)
         return root_cause(caught.value)
+
+
+async def serve_until_it_fails(config: RouterConfig) -> None:
+    async with serving_in_loop(serve_router, config):
+        await asyncio.Event().wait()
 
 
 async def test_workers_of_different_models(tmp_path: Path) -> None:
@@ -52,10 +55,11 @@ async def test_workers_in_each_others_place(tmp_path: Path) -> None:
 
 async def test_a_deployment_whose_worker_cannot_start(tmp_path: Path) -> None:
     lines: list[str] = []
-    config = UpConfig(model=str(tmp_path / "nowhere"), port=0)
+    deployment = deployed(
+        UpConfig(model=str(tmp_path / "nowhere"), port=0), lambda name, line: lines.append(f"{name}: {line}")
+    )
     with pytest.raises(BaseExceptionGroup) as caught:
-        async with deployed(config, lambda name, line: lines.append(f"{name}: {line}")):
-            pass
+        await deployment.__aenter__()
     assert isinstance(root_cause(caught.value), StartupError)
     assert any("does not exist" in line for line in lines)
     assert not any("Traceback" in line for line in lines)

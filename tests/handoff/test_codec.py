@@ -96,7 +96,8 @@ def test_fields_may_come_in_any_order_among_unknown_ones(
     assert pb.TransferRequest.FromString(encoded).frame.info == info
     frame = decode_message(encoded)
     assert isinstance(frame, Frame)
-    assert (frame.info, frame.payload) == (info, payload)
+    assert frame.info == info
+    assert frame.payload == payload
 
 
 @given(st.binary(max_size=200))

@@ -125,7 +125,9 @@ async def test_what_arrives_is_what_was_computed(pair: Pair) -> None:
 async def test_layers_are_sent_as_another_thread_computes_them(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, frame_bytes: int
 ) -> None:
-    monkeypatch.setattr(sender_module, "FramePlanner", lambda *args: FramePlanner(*args, frame_bytes))
+    monkeypatch.setattr(
+        sender_module, "FramePlanner", lambda kv, start, stop: FramePlanner(kv, start, stop, frame_bytes)
+    )
     pair.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
     chunks = [range(5), range(5, 6), range(6, 16)]
     async with asyncio.TaskGroup() as group:

@@ -326,7 +326,7 @@ def test_the_other_signal_is_still_a_graceful_one_and_the_second_of_a_kind_is_no
             os.kill(os.getpid(), signal.SIGINT)
             await event.wait()
             os.kill(os.getpid(), signal.SIGTERM)
-            while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # noqa: ASYNC110
+            while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
                 await asyncio.sleep(0)
             os.kill(os.getpid(), signal.SIGINT)
             await asyncio.Event().wait()

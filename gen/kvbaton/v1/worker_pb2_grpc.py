@@ -53,7 +53,7 @@ class WorkerServiceServicer(object):
 
     def WatchStatus(self, request, context):
         """WatchStatus streams the worker's state: at once, and then when it has changed, at most every
-        min_interval_seconds. The stream's end is the worker's end.
+        min_interval_seconds. The stream's end is the worker's end; a worker that drains says so and ends it.
         Fails with INVALID_ARGUMENT (min_interval_seconds out of range). Safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -61,7 +61,8 @@ class WorkerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """GetStatus returns the same state once. Safe to retry.
+        """GetStatus returns the same state once, after checking that every KV block is accounted for: an operator's and a
+        test's call, not a poll's. Fails with INTERNAL if one is not. Safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

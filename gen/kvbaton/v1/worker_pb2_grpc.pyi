@@ -86,12 +86,14 @@ class WorkerServiceStub(typing.Generic[_WorkerServiceWatchStatusType, _WorkerSer
 
     WatchStatus: _WorkerServiceWatchStatusType
     """WatchStatus streams the worker's state: at once, and then when it has changed, at most every
-    min_interval_seconds. The stream's end is the worker's end.
+    min_interval_seconds. The stream's end is the worker's end; a worker that drains says so and ends it.
     Fails with INVALID_ARGUMENT (min_interval_seconds out of range). Safe to retry.
     """
 
     GetStatus: _WorkerServiceGetStatusType
-    """GetStatus returns the same state once. Safe to retry."""
+    """GetStatus returns the same state once, after checking that every KV block is accounted for: an operator's and a
+    test's call, not a poll's. Fails with INTERNAL if one is not. Safe to retry.
+    """
 
 WorkerServiceAsyncStub: typing_extensions.TypeAlias = WorkerServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
@@ -114,7 +116,7 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[kvbaton.v1.worker_pb2.WorkerStatus], collections.abc.AsyncIterator[kvbaton.v1.worker_pb2.WorkerStatus]]:
         """WatchStatus streams the worker's state: at once, and then when it has changed, at most every
-        min_interval_seconds. The stream's end is the worker's end.
+        min_interval_seconds. The stream's end is the worker's end; a worker that drains says so and ends it.
         Fails with INVALID_ARGUMENT (min_interval_seconds out of range). Safe to retry.
         """
 
@@ -124,6 +126,8 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         request: kvbaton.v1.worker_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvbaton.v1.worker_pb2.WorkerStatus, collections.abc.Awaitable[kvbaton.v1.worker_pb2.WorkerStatus]]:
-        """GetStatus returns the same state once. Safe to retry."""
+        """GetStatus returns the same state once, after checking that every KV block is accounted for: an operator's and a
+        test's call, not a poll's. Fails with INTERNAL if one is not. Safe to retry.
+        """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

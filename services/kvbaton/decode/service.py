@@ -42,7 +42,7 @@ async def serve_decode(config: DecodeConfig, stop: asyncio.Event, started: "asyn
     async with LoopThread("kv", new_event_loop) as kv_thread, entered_on(kv_thread, kv_serving) as kv_server:
         with runtime.engine:
             servicer = DecodeServicer(runtime, book, kv_server.port, config.kv_endpoint)
-            status = WorkerServicer(worker_pb2.WORKER_ROLE_DECODE, runtime, counters, stop.is_set)
+            status = WorkerServicer(worker_pb2.WORKER_ROLE_DECODE, runtime, counters, stop)
             services = [servicer.registration, status.registration]
             async with serving(services, config.host, config.port, grace_seconds=config.grace_seconds) as server:
                 logger.info("decode worker ready on %s, serving %s", server.address, runtime.model.name)

@@ -6,7 +6,6 @@ not bytes.
 """
 
 import asyncio
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Sequence

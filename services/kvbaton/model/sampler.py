@@ -24,6 +24,10 @@ _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 
 
+# Below this float32 has no normal numbers.
+_SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+
+
 def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
     kept: torch.Tensor = (value >> bits) & (2 ** (64 - bits) - 1)
     return kept
@@ -35,30 +39,37 @@ def _mix(value: torch.Tensor) -> torch.Tensor:
     return value ^ _shift_right(value, 31)
 
 
+def uniform(bits: torch.Tensor) -> torch.Tensor:
+    """Float64 in (0, 1) from 64 random bits (int64): never 0 and never 1, so that Gumbel's logarithms are finite.
+
+    52 of the bits, centred in their cells; with 53 the half would be rounded away, and the last cell become 1.
+    """
+    return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
+
+
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Gumbel variates [n, vocab_size], float32, for `seeds` and `positions` [n] (int64)."""
     tokens = torch.arange(vocab_size, device=seeds.device)
     rows = _mix(_mix(seeds + _GOLDEN) + positions * _GOLDEN)
     bits = _mix(rows[:, None] + (tokens[None, :] + 1) * _GOLDEN)
-    # 53 bits, centred in their cells: never 0 and never 1, so both logarithms are finite.
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
-    noise: torch.Tensor = -torch.log(-torch.log(uniform)).float()
+    noise: torch.Tensor = -torch.log(-torch.log(uniform(bits))).float()
     return noise
 
 
 def keep_top(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Set to -inf all but each row's `top_k` [n] tokens (0: all), and then all but its `top_p` [n] nucleus.
+    """Set to -inf all but each row's `top_k` [n] tokens (0: all), and then all but its `top_p` [n] nucleus (1: all).
 
     A token is in the nucleus while the probability of the tokens before it is below top_p, so one always is. Equal
     logits keep the order of their ids.
     """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)[None, :]
-    keep_all = top_k == 0
-    ordered = ordered.masked_fill((rank >= top_k[:, None]) & ~keep_all[:, None], float("-inf"))
+    limits_k, limits_p = (top_k > 0)[:, None], (top_p < 1)[:, None]
+    ordered = ordered.masked_fill((rank >= top_k[:, None]) & limits_k, float("-inf"))
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), float("-inf"))
+    # A sum of float32 may reach 1 before the last token: a row that asked for no nucleus must not lose its tail.
+    ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0) & limits_p, float("-inf"))
     return torch.empty_like(logits).scatter_(-1, order, ordered)
 
 
@@ -70,8 +81,10 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
         return [int(token) for token in greedy.tolist()]
     device = logits.device
     chosen = [params[row] for row in rows]
-    temperature = torch.tensor([p.temperature for p in chosen], device=device)
-    scaled = logits[rows].float() / temperature[:, None]
+    # Relative to the largest, so that dividing by next to nothing makes the others -inf and never the largest inf.
+    temperature = torch.tensor([max(p.temperature, _SMALLEST_TEMPERATURE) for p in chosen], device=device)
+    scaled = logits[rows].float()
+    scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature[:, None]
     if any(p.top_k or p.top_p < 1 for p in chosen):
         top_k = torch.tensor([p.top_k for p in chosen], device=device)
         top_p = torch.tensor([p.top_p for p in chosen], device=device)

@@ -57,7 +57,7 @@ class TorchKvStore:
         for layer in layers:
             for rows in self._rows[layer]:
                 part = rows.index_select(0, index.to(rows.device)).cpu()
-                parts.append(part.numpy().data.cast("B"))
+                parts.append(part.numpy().reshape(-1).view(np.uint8).data)
         return parts
 
     def write(self, layers: range, blocks: Sequence[int], tokens: range, payload: Buffer) -> None:

@@ -33,7 +33,7 @@ async def serve_prefill(config: PrefillConfig, stop: asyncio.Event, started: "as
     async with LoopThread("kv", new_event_loop) as kv_thread:
         with runtime.engine:
             servicer = PrefillServicer(runtime, transfers, sender, peers, kv_thread)
-            status = WorkerServicer(worker_pb2.WORKER_ROLE_PREFILL, runtime, counters, stop.is_set)
+            status = WorkerServicer(worker_pb2.WORKER_ROLE_PREFILL, runtime, counters, stop)
             services = [servicer.registration, status.registration]
             async with serving(services, config.host, config.port, grace_seconds=config.grace_seconds) as server:
                 logger.info("prefill worker ready on %s, serving %s", server.address, runtime.model.name)

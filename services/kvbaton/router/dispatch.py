@@ -7,7 +7,7 @@ leg's tokens follow, from the second on. Both run in one task group: when one fa
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,7 @@ class Dispatch:
     num_emitted: int = 0
     _target: "asyncio.Future[prefill_pb2.TransferTarget]" = field(init=False)
     _first_emitted: asyncio.Event = field(default_factory=asyncio.Event)
+    _prefill_load: ExitStack = field(default_factory=ExitStack)
 
     async def run(self, timeout: float | None) -> None:
         """Run both legs to the last token; `timeout` in seconds is what is left of the client's deadline.
@@ -52,7 +53,10 @@ class Dispatch:
         self._target = asyncio.get_running_loop().create_future()
         deadline = None if timeout is None else time.monotonic() + timeout
         packed, sampling = pack_token_ids(self.request.prompt), sampling_to_proto(self.request.sampling)
-        with self.prefill.carrying(len(self.request.prompt)), self.decode.carrying(len(self.request.prompt)):
+        num_prompt = len(self.request.prompt)
+        with self.decode.carrying(num_prompt), self._prefill_load:
+            # From the choice on, so that the next choice sees it, and until the prefill leg has ended.
+            self._prefill_load.enter_context(self.prefill.carrying(num_prompt))
             async with asyncio.TaskGroup() as group:
                 decode_leg = group.create_task(self._decode_leg(packed, sampling, deadline))
                 group.create_task(self._prefill_leg(packed, sampling, deadline, decode_leg))
@@ -111,6 +115,7 @@ class Dispatch:
                     if finished.HasField("transfer"):
                         self.timings.transfer.CopyFrom(finished.transfer)
                     self.cached_tokens = finished.cached_tokens
+        self._prefill_load.close()
         if finished is None:
             raise UnavailableError(f"{peer} ended the request early")
 

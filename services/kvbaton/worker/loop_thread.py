@@ -32,7 +32,7 @@ class LoopThread:
         await asyncio.to_thread(self._thread.join)
 
     async def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` there and return its result, or raise its error.
+        """Run `work` there and return its result, or raise its error; StoppedError when the thread is ending.
 
         When the caller is cancelled, `work` is cancelled and has ended before CancelledError comes out here: what it
         was using may then be freed.
@@ -41,12 +41,23 @@ class LoopThread:
         tasks: list[asyncio.Task[None]] = []
 
         def begin() -> None:
-            task = self._group.create_task(_settle(work, outcome))
+            settling = _settle(work, outcome)
+            try:
+                task = self._group.create_task(settling)
+            except RuntimeError:
+                # The group has ended meanwhile, and the loop is about to.
+                settling.close()
+                _abandon(work, outcome)
+                return
             task.add_done_callback(lambda _: _abandon(work, outcome))
             tasks.append(task)
 
-        # The caller's context goes along: it holds the trace that the KV stream belongs to.
-        self._loop.call_soon_threadsafe(begin, context=contextvars.copy_context())
+        try:
+            # The caller's context goes along: it holds the trace that the KV stream belongs to.
+            self._loop.call_soon_threadsafe(begin, context=contextvars.copy_context())
+        except RuntimeError:
+            work.close()
+            raise StoppedError from None
         waiter = asyncio.wrap_future(outcome)
         cancelled: asyncio.CancelledError | None = None
         while not waiter.done():
@@ -54,7 +65,7 @@ class LoopThread:
                 await asyncio.wait([waiter])
             except asyncio.CancelledError as error:
                 cancelled = error
-                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
         if cancelled is not None:
             waiter.exception()
             raise cancelled
@@ -92,7 +103,7 @@ def _abandon(work: Coroutine[Any, Any, T], outcome: "Future[T]") -> None:
 
 
 class StoppedError(Exception):
-    """Work was cancelled because its thread is ending."""
+    """Work was cancelled over there, or not begun, because the thread is ending."""
 
 
 @asynccontextmanager

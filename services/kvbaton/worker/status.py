@@ -1,7 +1,7 @@
 """WorkerService: what a worker tells about itself."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
 
 import grpc
 
@@ -24,13 +24,13 @@ class WorkerServicer(WorkerServiceServicer):
         role: pb.WorkerRole,
         runtime: WorkerRuntime,
         transfers: SenderCounters | ReceiverCounters,
-        draining: Callable[[], bool],
+        stop: asyncio.Event,
     ) -> None:
-        """`transfers` are the counters of this worker's half of the hand-off."""
+        """`transfers` are the counters of this worker's half of the hand-off; `stop` is set when it drains."""
         self._role = role
         self._runtime = runtime
         self._transfers = transfers
-        self._draining = draining
+        self._stop = stop
 
     @property
     def registration(self) -> Registration:
@@ -45,7 +45,7 @@ class WorkerServicer(WorkerServiceServicer):
         context: "grpc.aio.ServicerContext[pb.GetStatusRequest, pb.WorkerStatus]",
     ) -> pb.WorkerStatus:
         """See the proto."""
-        return await self._status()
+        return await self._status(check=True)
 
     async def WatchStatus(  # type: ignore[override]
         self,
@@ -57,22 +57,25 @@ class WorkerServicer(WorkerServiceServicer):
         if not 0.05 <= interval <= 60:
             raise InvalidArgumentError("min_interval_seconds", f"{interval} is not between 0.05 and 60")
         last: pb.WorkerStatus | None = None
-        while True:
-            status = await self._status()
+        # A stream that never ended would make every drain last as long as its grace.
+        while last is None or not last.draining:
+            status = await self._status(check=False)
             if status != last:
                 await context.write(status)
                 last = status
-            await asyncio.sleep(interval)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval):
+                    await self._stop.wait()
 
-    async def _status(self) -> pb.WorkerStatus:
+    async def _status(self, check: bool) -> pb.WorkerStatus:
         runtime, transfers = self._runtime, self._transfers
-        snapshot = await runtime.engine.snapshot()
+        snapshot = await runtime.engine.snapshot(check=check)
         counts, counters = snapshot.counts, snapshot.counters
         return pb.WorkerStatus(
             role=self._role,
             incarnation=runtime.incarnation,
             model=runtime.model,
-            draining=self._draining(),
+            draining=self._stop.is_set(),
             pool=pb.PoolStatus(
                 block_size=runtime.store.block_size,
                 num_blocks=runtime.num_blocks,

@@ -1,0 +1,102 @@
+"""A worker's status: at once, then when it has changed; and the sums that a runtime is made with."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from kvbaton.engine.errors import StartupError
+from kvbaton.engine.request import Route
+from kvbaton.engine.sampling import SamplingParams
+from kvbaton.engine.scheduler import Limits
+from kvbaton.handoff.receiver import ReceiverCounters
+from kvbaton.rpc.serving import channel, serving
+from kvbaton.v1 import worker_pb2 as pb
+from kvbaton.v1.worker_pb2_grpc import WorkerServiceStub
+from kvbaton.worker.engine_thread import RequestHandle
+from kvbaton.worker.runtime import MAX_BLOCKS, WorkerRuntime, blocks_in
+from kvbaton.worker.status import WorkerServicer
+from support.fakes import GEOMETRY, PATIENCE, FakeRunner, FakeStore, make_runtime, model_info
+
+LIMITS = Limits(max_prefill_tokens=8, max_decode_seqs=4, max_waiting=4)
+
+
+class Worker:
+    def __init__(self, runtime: WorkerRuntime, stub: Any) -> None:
+        self.runtime, self.stub = runtime, stub
+        self.draining = False
+        self.counters = ReceiverCounters(kv_bytes_received=7)
+
+
+@asynccontextmanager
+async def working() -> AsyncIterator[Worker]:
+    runtime = make_runtime(FakeStore(), FakeRunner(), LIMITS)
+    worker = Worker(runtime, None)
+    servicer = WorkerServicer(pb.WORKER_ROLE_DECODE, runtime, worker.counters, lambda: worker.draining)
+    async with asyncio.timeout(PATIENCE):
+        with runtime.engine:
+            async with (
+                serving([servicer.registration], "127.0.0.1", 0, grace_seconds=0) as server,
+                channel(server.address) as opened,
+            ):
+                worker.stub = WorkerServiceStub(opened)
+                yield worker
+
+
+async def test_a_status_tells_who_the_worker_is_and_what_it_holds() -> None:
+    async with working() as worker:
+        handle = RequestHandle("a")
+        worker.runtime.engine.submit(handle, [5] * 6, SamplingParams(max_tokens=3, seed=0), Route.RECEIVE)
+        status = await worker.stub.GetStatus(pb.GetStatusRequest())
+        assert status == pb.WorkerStatus(
+            role=pb.WORKER_ROLE_DECODE,
+            incarnation="1",
+            model=model_info(),
+            draining=False,
+            pool=pb.PoolStatus(block_size=4, num_blocks=32, num_free_blocks=30),
+            queues=pb.QueueStatus(num_receiving=1),
+            counters=pb.WorkerCounters(kv_bytes_received=7),
+        )
+
+
+async def test_a_watch_tells_at_once_and_then_of_changes() -> None:
+    async with working() as worker:
+        watch = worker.stub.WatchStatus(pb.WatchStatusRequest(min_interval_seconds=0.05))
+        first = await watch.read()
+        assert not first.draining
+        worker.draining = True
+        second = await watch.read()
+        assert second.draining
+        worker.counters.transfers_applied = 3
+        third = await watch.read()
+        assert third.counters.transfers_applied == 3
+        watch.cancel()
+
+
+@pytest.mark.parametrize("interval", [0.04, 61, -1, float("nan"), float("inf")])
+async def test_an_interval_out_of_range_is_refused(interval: float) -> None:
+    async with working() as worker:
+        with pytest.raises(grpc.aio.AioRpcError, match="min_interval_seconds") as caught:
+            await worker.stub.WatchStatus(pb.WatchStatusRequest(min_interval_seconds=interval)).read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_memory_size_holds_whole_blocks() -> None:
+    block = GEOMETRY.token_bytes * 16
+    assert blocks_in(str(block * 3 + block - 1), GEOMETRY, 16) == 3
+    assert blocks_in("1024GiB", GEOMETRY, 1) == MAX_BLOCKS
+
+
+@pytest.mark.parametrize("size", ["0", "10", "1kB"])
+def test_memory_for_no_block_is_refused(size: str) -> None:
+    with pytest.raises(StartupError, match=f"--kv-memory: {size} does not hold one block of"):
+        blocks_in(size, GEOMETRY, 16)
+
+
+@pytest.mark.parametrize("size", ["", "-1GiB", "1TiB", "much"])
+def test_a_size_that_is_none_is_refused_by_the_option(size: str) -> None:
+    with pytest.raises(StartupError, match="--kv-memory: .* is no size"):
+        blocks_in(size, GEOMETRY, 16)
