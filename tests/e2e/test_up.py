@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from kvbaton.client import AsyncClient
+from kvbaton.client import AsyncClient, GenerateOptions
 from support import tiny_models
 
 NUM_REQUESTS = 200
@@ -49,15 +49,10 @@ async def test_200_requests_at_once(tmp_path: Path) -> None:
         async with AsyncClient(address) as client:
 
             async def ask(number: int) -> tuple[int, ...]:
-                sampled = {"temperature": 0.8, "top_p": 0.95} if number % 2 else {}
-                generation = client.generate(
-                    prompts[number],
-                    max_tokens=MAX_TOKENS,
-                    ignore_eos=True,
-                    seed=number,
-                    timeout=120,
-                    **sampled,  # type: ignore[typeddict-item]
-                )
+                options = GenerateOptions(max_tokens=MAX_TOKENS, ignore_eos=True, seed=number, timeout=120)
+                if number % 2:
+                    options |= {"temperature": 0.8, "top_p": 0.95}
+                generation = client.generate(prompts[number], **options)
                 return (await generation.result()).token_ids
 
             async with asyncio.TaskGroup() as group:

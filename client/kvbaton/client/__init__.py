@@ -1,7 +1,7 @@
 """The kvbaton client SDK: ask a router, stream the answer.
 
 async with AsyncClient("localhost:7000") as client:
-    async for chunk in client.generate("Ann has the red lamp. Who has the red lamp?"):
+    async for chunk in client.generate("The red lamp is with Ann. Who has the red lamp?"):
         print(chunk.text, end="")
 """
 

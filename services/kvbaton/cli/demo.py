@@ -14,8 +14,8 @@ from kvbaton.rpc.errors import root_cause
 from kvbaton.rpc.serving import run
 
 STORY = (
-    "Ann has the red lamp. The blue key is in the kitchen. Tom has the green cup. "
-    "The red key is in the garden. Ben has the blue lamp."
+    "The red lamp is with Ann. The blue key is in the kitchen. Tom has seven apples. "
+    "The red key is in the garden. The blue lamp is with Ben."
 )
 QUESTION = "Where is the blue key?"
 ANSWER = "The blue key is in the kitchen."
@@ -67,7 +67,7 @@ async def _ask(console: Console, deployment: Deployment, collector: SpanCollecto
     trace_id, traceparent = new_trace()
     async with AsyncClient(deployment.address) as client:
         # The first request of a fresh deployment also opens connections and fills caches: not what a user would see.
-        warm = client.generate([{"role": "user", "content": f"{STORY} Who has the green cup?"}], timeout=60)
+        warm = client.generate([{"role": "user", "content": f"{STORY} Who has the red lamp?"}], timeout=60)
         await warm.result()
         prompt = [{"role": "user", "content": f"{STORY} {QUESTION}"}]
         generation = client.generate(prompt, timeout=60, metadata=[traceparent])

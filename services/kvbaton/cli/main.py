@@ -26,7 +26,7 @@ _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content
 def main() -> None:
     """Serve large language models with prefill and decode on different workers.
 
-    Start with `kvbaton up`, then ask: `kvbaton generate "Ann has the red lamp. Who has the red lamp?"`.
+    Start with `kvbaton up`, then ask: `kvbaton generate "The red lamp is with Ann. Who has the red lamp?"`.
 
     Every option of a service can also be set in the environment, under the name shown in its --help, or in a TOML file
     given by --config. A flag wins over the environment, the environment over the file.

@@ -89,7 +89,7 @@ class PagedAttention:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *_: Any,
+        attention_mask: torch.Tensor | None = None,
         **arguments: Any,
     ) -> tuple[torch.Tensor, None]:
         """`query` [1, heads, tokens, d], `key`, `value` [1, kv_heads, tokens, d]; returns [1, tokens, heads, d_v]."""
@@ -100,6 +100,9 @@ class PagedAttention:
             sinks=arguments.pop("s_aux", None),
         )
         if self.store is None or self.batch is None:
+            arguments["attention_mask"] = attention_mask
+            if False in (arguments.get("is_causal"), getattr(module, "is_causal", True)):
+                arguments["a view of later tokens"] = True
             return self._trial(module.layer_idx, (query, key, value), shape, arguments), None
         layer = module.layer_idx
         self.store.put(layer, self.batch.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))

@@ -22,6 +22,8 @@ transformers_logging.disable_progress_bar()
 
 _TRIAL_TOKENS = 4
 _DIGEST_SAMPLES = 64
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,8 @@ def load_model(path: str, dtype: str, device: str) -> LoadedModel:
     when the model is missing or broken, or when its attention cannot be served.
     """
     target = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise StartupError(f"dtype {dtype!r} is not one of {sorted(DTYPES)} or 'auto'")
     attention = PagedAttention()
     attention.register()
     model = _load(path, dtype, attention.name)
@@ -107,8 +111,9 @@ def _load(path: str, dtype: str, attention_name: str) -> Any:
         )
     except Exception as error:
         # Loading fails in as many ways as there are broken directories; all of them are the operator's to mend.
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StartupError(f"model {path!r} cannot be loaded: {first_line}") from error
+        if attention_name in str(error):
+            raise StartupError(f"model {path!r} cannot be served: it does not use the attention interface") from error
+        raise StartupError(f"model {path!r} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
     if missing:
         # transformers would go on with random values here.
@@ -124,23 +129,51 @@ def _try_out(model: Any, attention: PagedAttention, kv_dtype: str, path: str) ->
     are found out here.
     """
     text_config = model.config.get_text_config()
+    name = type(model).__name__
+    reason = _unserved_feature(text_config)
+    if reason is not None:
+        raise StartupError(f"model {path!r} ({name}) cannot be served: {reason}")
     token_ids = torch.arange(_TRIAL_TOKENS, device=model.device)[None] % text_config.vocab_size
     positions = torch.arange(_TRIAL_TOKENS, device=model.device)[None]
-    name = type(model).__name__
+    last = torch.tensor([_TRIAL_TOKENS - 1], device=model.device)
     try:
-        model(input_ids=token_ids, position_ids=positions, use_cache=False)
+        output = model(input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=last)
     except Exception as error:
-        raise StartupError(f"model {path!r} ({name}) failed its trial run: {error}") from error
+        raise StartupError(f"model {path!r} ({name}) failed its trial run: {_first_line(error)}") from error
     expected = set(range(int(text_config.num_hidden_layers)))
     if set(attention.seen) != expected:
         raise StartupError(
             f"model {path!r} ({name}) cannot be served: {len(attention.seen)} of its {len(expected)} layers use "
             "the attention interface, and the others keep state that kvbaton does not know"
         )
+    if getattr(text_config, "max_position_embeddings", None) is None:
+        raise StartupError(f"model {path!r} ({name}) cannot be served: it has no max_position_embeddings")
+    if output.logits.shape[1] != 1:
+        raise StartupError(f"model {path!r} ({name}) cannot be served: it does not heed logits_to_keep")
     if attention.unknown_arguments:
         names = ", ".join(sorted(attention.unknown_arguments))
         raise StartupError(f"model {path!r} ({name}) cannot be served: its attention needs {names}")
     return KvGeometry(tuple(attention.seen[layer] for layer in sorted(expected)), kv_dtype)
+
+
+def _unserved_feature(text_config: Any) -> str | None:
+    """What a model asks for, in its configuration, that no short trial would show to be missing."""
+    if getattr(text_config, "num_kv_shared_layers", 0):
+        return "some of its layers take KV from other layers"
+    other_layers = set(getattr(text_config, "layer_types", None) or ()) - _LAYER_TYPES
+    if other_layers:
+        return f"it has layers of type {', '.join(sorted(other_layers))}"
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    rope_types = {part["rope_type"] for part in (rope, *rope.values()) if isinstance(part, dict) and "rope_type" in part}
+    by_length = sorted(rope_types & _ROPE_BY_LENGTH)
+    if by_length:
+        # Sequences of one batch would change each other's positions, and the KV that is kept would no longer fit.
+        return f"its {by_length[0]} position embeddings depend on the longest sequence of a batch"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _eos_token_ids(model: Any) -> frozenset[int]:

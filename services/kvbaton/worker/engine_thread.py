@@ -149,7 +149,7 @@ class EngineThread:
     async def snapshot(self, *, check: bool = False) -> Snapshot:
         """The engine's state as of the next moment between two steps.
 
-        With `check`, raises AssertionError unless every block is accounted for; that takes time that grows with the pool.
+        With `check`, raises AssertionError unless every block is accounted for; its time grows with the pool.
         """
         result: Future[Snapshot] = Future()
 
