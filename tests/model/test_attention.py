@@ -112,25 +112,23 @@ class Sequence:
             self.request.output.append(5)
         return Slice(self.request, start, num_tokens, samples=False)
 
+    def part(self, kind: int, piece: Slice) -> torch.Tensor:
+        """A piece of Q, K or V."""
+        return self.tensors[kind][:, piece.start : piece.start + piece.num_tokens]
+
 
 def compute(attention: PagedAttention, work: list[tuple[Sequence, int]], variant: dict[str, Any]) -> list[torch.Tensor]:
     """One step's attention; the output of each sequence's piece."""
     slices = [sequence.piece(num_tokens) for sequence, num_tokens in work]
     attention.batch = ragged.build(Batch(slices), BLOCK, torch.device("cpu"))
-    rows = [
-        torch.cat(
-            [
-                sequence.tensors[kind][:, s.start : s.start + s.num_tokens]
-                for (sequence, _), s in zip(work, slices, strict=True)
-            ],
-            dim=1,
-        )[None]
+    query, key, value = (
+        torch.cat([sequence.part(kind, piece) for (sequence, _), piece in zip(work, slices, strict=True)], 1)
         for kind in range(3)
-    ]
-    output, _ = attention(Layer(), *rows, None, **variant)
+    )
+    output, _ = attention(Layer(), query[None], key[None], value[None], None, **variant)
     for sequence, num_tokens in work:
         sequence.request.num_computed += num_tokens
-    return list(output[0].split([num_tokens for _, num_tokens in work]))
+    return list(torch.split(output[0], [num_tokens for _, num_tokens in work]))
 
 
 def paged() -> PagedAttention:

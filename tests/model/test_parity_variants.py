@@ -53,10 +53,14 @@ CONFIGS: dict[str, Any] = {
         vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
     ),
     "opt": lambda: transformers.OPTConfig(
-        vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=32,
+        vocab_size=97,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
         max_position_embeddings=256,
     ),
-    "bertdec": lambda:transformers.BertConfig(vocab_size=97,hidden_size=32,intermediate_size=48,num_hidden_layers=2,num_attention_heads=4,max_position_embeddings=256,is_decoder=True),
     "stablelm": lambda: transformers.StableLmConfig(**without("head_dim"), partial_rotary_factor=0.5),
     "cohere": lambda: transformers.CohereConfig(**without("head_dim")),
 }

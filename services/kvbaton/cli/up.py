@@ -28,31 +28,31 @@ def run_up(config: UpConfig) -> int:
 
 
 async def _up(config: UpConfig, console: Console) -> int:
+    stop = termination_event()
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(_run(config, console))
+        stopping = group.create_task(stop.wait())
+        # Loading takes long: Ctrl-C must end that too.
+        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            console.print("Stopping …")
+            running.cancel()
+        stopping.cancel()
+    return 0 if running.cancelled() else running.result()
+
+
+async def _run(config: UpConfig, console: Console) -> int:
     def on_line(name: str, line: str) -> None:
         console.print(log_line(name, line), soft_wrap=True)
 
-    stop = termination_event()
     console.print(f"Starting {config.prefill} prefill and {config.decode} decode workers with {config.model} …")
     async with deployed(config, on_line) as deployment:
         console.print(overview(deployment))
-        console.print(f'Ready. Ask:  kvbaton generate --router {deployment.address} "…"      Stop: Ctrl-C')
-        return await _until_end(deployment, stop, console)
-
-
-async def _until_end(deployment: Deployment, stop: asyncio.Event, console: Console) -> int:
-    code = 0
-    async with asyncio.TaskGroup() as group:
-        stopping = group.create_task(stop.wait())
-        exiting = group.create_task(deployment.first_exit())
-        await asyncio.wait({stopping, exiting}, return_when=asyncio.FIRST_COMPLETED)
-        if exiting.done():
-            ended = exiting.result()
-            console.print(f"[bold red]{ended.name} ended by itself (exit code {ended.process.returncode})[/]")
-            code = 1
-        stopping.cancel()
-        exiting.cancel()
-    console.print("Stopping …")
-    return code
+        ask = f'kvbaton generate --router {deployment.address} "…"'
+        console.print(f"Ready. Ask:  {ask}      Stop: Ctrl-C", soft_wrap=True)
+        ended = await deployment.first_exit()
+        console.print(f"[bold red]{ended.name} ended by itself (exit code {ended.process.returncode})[/]")
+    return 1
 
 
 def log_line(name: str, line: str) -> Text:

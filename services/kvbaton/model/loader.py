@@ -99,12 +99,13 @@ def _device(name: str) -> torch.device:
 
 def _load(path: str, dtype: str, attention_name: str) -> Any:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not Path(path).expanduser().is_dir():
+    source = str(Path(path).expanduser()) if looks_local else path
+    if looks_local and not Path(source).is_dir():
         raise StartupError(f"model directory {path!r} does not exist")
     try:
-        AutoConfig.from_pretrained(path)
+        AutoConfig.from_pretrained(source)
         model, report = AutoModelForCausalLM.from_pretrained(
-            path,
+            source,
             dtype=dtype if dtype == "auto" else DTYPES[dtype],
             attn_implementation=attention_name,
             output_loading_info=True,
@@ -164,7 +165,9 @@ def _unserved_feature(text_config: Any) -> str | None:
     if other_layers:
         return f"it has layers of type {', '.join(sorted(other_layers))}"
     rope = getattr(text_config, "rope_parameters", None) or {}
-    rope_types = {part["rope_type"] for part in (rope, *rope.values()) if isinstance(part, dict) and "rope_type" in part}
+    rope_types = {
+        part["rope_type"] for part in (rope, *rope.values()) if isinstance(part, dict) and "rope_type" in part
+    }
     by_length = sorted(rope_types & _ROPE_BY_LENGTH)
     if by_length:
         # Sequences of one batch would change each other's positions, and the KV that is kept would no longer fit.

@@ -95,12 +95,16 @@ class PrefillServicer(PrefillServiceServicer):
         finished = False
         try:
             self._runtime.engine.submit(handle, prompt, sampling, Route.HAND_OFF)
+            # A write that a failing transfer cancels must not be the one that carries the headers: gRPC could then
+            # send no status any more, and the router would wait for ever.
+            await context.send_initial_metadata(())
             async with asyncio.TaskGroup() as group:
                 sending = group.create_task(self._send(target, transfer, context.time_remaining()))
                 first = (await handle.next_tokens())[0]
-                await context.write(pb.PrefillResponse(first_token=self._token_event(first)))
                 if first.finish_reason is not None:
+                    # Before the router hears of it: it ends the decode leg, which then refuses the transfer.
                     sending.cancel()
+                await context.write(pb.PrefillResponse(first_token=self._token_event(first)))
             report = None if first.finish_reason is not None else sending.result()
             finished = True
             _record_spans(first.request, report)

@@ -115,7 +115,7 @@ async def serving(
     bound = Server(host, await _bind(server, host, port), health, names)
     await bound.set_serving(True)
     await server.start()
-    _log.info("listening on %s", bound.address)
+    _log.debug("listening on %s", bound.address)
     grace = 0.0
     try:
         yield bound

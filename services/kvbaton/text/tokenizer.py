@@ -63,7 +63,7 @@ def load_tokenizer(path: str) -> Tokenizer | None:
         logger.warning("%s has no tokenizer: only token ids are served", path)
         return None
     try:
-        return Tokenizer(AutoTokenizer.from_pretrained(path))
+        return Tokenizer(AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else path))
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StartupError(f"tokenizer of {path!r} cannot be loaded: {first_line}") from error

@@ -1,0 +1,238 @@
+"""A model that is missing, broken, or would answer wrongly, is refused in one line that says which and why."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from kvbaton.engine.errors import StartupError
+from kvbaton.engine.geometry import LayerGeometry
+from kvbaton.model.loader import load_model
+from support import tiny_models
+
+SHAPE = {**tiny_models.SHAPE, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return tiny_models.save_tiny_model("llama", tmp_path / "tiny-llama")
+
+
+def refusal(path: str | Path, dtype: str = "float32", device: str = "cpu") -> str:
+    """The message, which is one line for an operator to read."""
+    with pytest.raises(StartupError) as caught:
+        load_model(str(path), dtype, device)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "Traceback" not in message
+    return message
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_model_is_known_by_what_it_is(llama: Path) -> None:
+    loaded = load_model(str(llama), "float32", "cpu")
+    assert loaded.architecture == "LlamaForCausalLM"
+    assert loaded.geometry.layers == (LayerGeometry(2, 8, 8),) * 3
+    assert loaded.geometry.dtype == "float32"
+    assert (loaded.vocab_size, loaded.max_model_len) == (97, 256)
+    assert loaded.eos_token_ids == {2}
+    assert not loaded.model.training
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./no-such-model", "no-such-model", "~/no-such-model", "a/b/c"])
+def test_a_missing_directory(path: str) -> None:
+    assert refusal(path) == f"model directory {path!r} does not exist"
+
+
+def test_a_hub_name_that_is_not_to_be_had() -> None:
+    assert refusal("kvbaton-tests/no-such-model").startswith("model 'kvbaton-tests/no-such-model' cannot be loaded: ")
+
+
+def test_the_home_directory_is_expanded(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(llama.parent))
+    assert load_model(f"~/{llama.name}", "float32", "cpu").vocab_size == 97
+
+
+def test_an_empty_directory(tmp_path: Path) -> None:
+    assert refusal(tmp_path).startswith(f"model {str(tmp_path)!r} cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00not json at all"),
+        ("config.json", b"{"),
+        ("config.json", b'{"model_type": "no-such-architecture"}'),
+    ],
+)
+def test_a_broken_file(llama: Path, file: str, content: bytes) -> None:
+    (llama / file).write_bytes(content)
+    assert refusal(llama).startswith(f"model {str(llama)!r} cannot be loaded: ")
+
+
+def test_a_truncated_weights_file(llama: Path) -> None:
+    path = llama / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert refusal(llama).startswith(f"model {str(llama)!r} cannot be loaded: ")
+
+
+def test_a_missing_weight_is_named(llama: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    edit_weights(llama, lambda tensors: tensors.__delitem__(name))
+    assert refusal(llama) == f"model {str(llama)!r} lacks 1 of its weights, for example {name}"
+
+
+def test_a_weight_of_the_wrong_shape_is_no_start(llama: Path) -> None:
+    edit_weights(llama, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)}))
+    assert str(llama) in refusal(llama)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "", "torch.float32"])
+def test_an_unknown_dtype(llama: Path, dtype: str) -> None:
+    assert refusal(llama, dtype) == f"dtype {dtype!r} is not one of ['bfloat16', 'float32'] or 'auto'"
+
+
+def test_a_checkpoint_s_own_dtype_that_kv_is_not_held_in(llama: Path) -> None:
+    edit_weights(llama, lambda tensors: tensors.update({k: t.half() for k, t in tensors.items()}))
+    edit_json(llama / "config.json", dtype="float16")
+    assert "has dtype float16; choose one of" in refusal(llama, "auto")
+    assert load_model(str(llama), "float32", "cpu").geometry.dtype == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
+def test_bfloat16(llama: Path, dtype: str) -> None:
+    edit_weights(llama, lambda tensors: tensors.update({k: t.bfloat16() for k, t in tensors.items()}))
+    edit_json(llama / "config.json", dtype="bfloat16")
+    loaded = load_model(str(llama), dtype, "cpu")
+    assert loaded.geometry.dtype == "bfloat16"
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+
+
+def test_an_unknown_device(llama: Path) -> None:
+    assert refusal(llama, device="abacus") == "device 'abacus' is not known to torch"
+
+
+def test_a_device_that_is_not_there(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees no CUDA device" in refusal(llama, device="cuda")
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "FalconForCausalLM": (lambda: transformers.FalconConfig(**SIZES, **ENDS), "does not use the attention interface"),
+    "BloomForCausalLM": (
+        lambda: transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4, **ENDS),
+        "0 of its 2 layers use the attention interface",
+    ),
+    "Qwen3NextForCausalLM": (
+        lambda: transformers.Qwen3NextConfig(
+            **SHAPE,
+            linear_num_value_heads=2,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+        "it has layers of type linear_attention",
+    ),
+    "Gemma3nForCausalLM": (
+        lambda: transformers.Gemma3nTextConfig(
+            **{**SHAPE, "num_hidden_layers": 4},
+            vocab_size_per_layer_input=97,
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=2,
+            laurel_rank=4,
+            altup_num_inputs=2,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            activation_sparsity_pattern=[0.0] * 4,
+        ),
+        "some of its layers take KV from other layers",
+    ),
+    "Llama4ForCausalLM": (
+        lambda: transformers.Llama4TextConfig(**SHAPE, intermediate_size_mlp=48, num_local_experts=2),
+        "it has layers of type chunked_attention",
+    ),
+    "BertLMHeadModel": (
+        lambda: transformers.BertConfig(**SIZES, intermediate_size=48),
+        "its attention needs a view of later tokens",
+    ),
+    "LlamaForCausalLM": (
+        lambda: transformers.LlamaConfig(
+            **SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+        ),
+        "its dynamic position embeddings depend on the longest sequence of a batch",
+    ),
+    "Phi3ForCausalLM": (
+        lambda: transformers.Phi3Config(
+            **{name: value for name, value in SHAPE.items() if name != "head_dim"},
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+        "its longrope position embeddings depend on the longest sequence of a batch",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, while it makes these models
+@pytest.mark.parametrize("architecture", list(REFUSED))
+def test_a_model_that_would_answer_wrongly_is_refused(architecture: str, tmp_path: Path) -> None:
+    make, reason = REFUSED[architecture]
+    model = transformers.AutoModelForCausalLM.from_config(make(), dtype=torch.float32)
+    assert type(model).__name__ == architecture
+    model.save_pretrained(tmp_path)
+    message = refusal(tmp_path)
+    assert str(tmp_path) in message
+    assert "cannot be served" in message
+    assert reason in message
+
+
+def test_equal_models_have_equal_digests_and_others_do_not(llama: Path) -> None:
+    def digest() -> str:
+        return load_model(str(llama), "float32", "cpu").weights_digest
+
+    first = digest()
+    assert digest() == first
+    assert load_model(str(llama), "bfloat16", "cpu").weights_digest != first
+    edit_weights(llama, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * 1.001}))
+    changed = digest()
+    assert changed != first
+    edit_weights(llama, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * 1.001}))
+    assert digest() not in (first, changed)
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(5, {5}), ([5, 6, 7], {5, 6, 7}), (None, {2})])
+def test_eos_ids_come_from_the_generation_config_first(llama: Path, eos: Any, expected: set[int]) -> None:
+    edit_json(llama / "generation_config.json", eos_token_id=eos)
+    assert load_model(str(llama), "float32", "cpu").eos_token_ids == expected
+
+
+def test_a_model_without_eos_has_none(llama: Path) -> None:
+    edit_json(llama / "generation_config.json", eos_token_id=None)
+    edit_json(llama / "config.json", eos_token_id=None)
+    assert load_model(str(llama), "float32", "cpu").eos_token_ids == frozenset()

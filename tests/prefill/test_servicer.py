@@ -1,0 +1,340 @@
+"""A prefill worker's RPC: it computes, hands the KV over and samples one token; every failure of the hand-off is the
+RPC's, and however the stream ends, sending has ended before the blocks are free.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from kvbaton.engine.scheduler import Batch, Counts, Limits
+from kvbaton.engine.tokens import pack_token_ids
+from kvbaton.handoff.codec import decode_message
+from kvbaton.handoff.peers import PeerChannels
+from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
+from kvbaton.handoff.sender import KvSender, SenderCounters, TransferReport
+from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
+from kvbaton.prefill.servicer import OutgoingTransfers, PrefillServicer
+from kvbaton.rpc.serving import Registration, channel, serving
+from kvbaton.v1 import kv_transfer_pb2
+from kvbaton.v1 import prefill_pb2 as pb
+from kvbaton.v1 import types_pb2 as types
+from kvbaton.v1.prefill_pb2_grpc import PrefillServiceStub
+from kvbaton.worker.engine_thread import RequestHandle
+from kvbaton.worker.loop_thread import LoopThread
+from kvbaton.worker.runtime import WorkerRuntime
+from support.fakes import GEOMETRY, PATIENCE, FakeRunner, FakeStore, Gate, fingerprint, make_runtime
+
+PROMPT = list(range(5, 15))
+BLOCKS = [9, 2, 11]
+NUM_BLOCKS = 8
+
+
+class WatchedSender(KvSender):
+    num_running = 0
+
+    async def send(self, *args: Any) -> TransferReport:
+        self.num_running += 1
+        try:
+            return await super().send(*args)
+        finally:
+            self.num_running -= 1
+
+
+class Worker:
+    """A served prefill worker with a fake model, and a decode worker's memory to deliver to."""
+
+    def __init__(self) -> None:
+        self.transfers, self.sent = OutgoingTransfers(), SenderCounters()
+        self.source, self.sink = FakeStore(), FakeStore()
+        self.runner = FakeRunner(self.source, self.transfers.layer_done)
+        limits = Limits(max_prefill_tokens=4, max_decode_seqs=0, max_waiting=4)
+        self.runtime: WorkerRuntime = make_runtime(self.source, self.runner, limits, NUM_BLOCKS)
+        self.book, self.applied = TicketBook(), list[int]()
+        self.reservation: Reservation = self.book.open(BLOCKS, range(10), self.applied.append)
+        self.sender = WatchedSender(self.source, fingerprint(), types.HostIdentity(), self.sent)
+        self.servicer: PrefillServicer
+        self.kv_address = ""
+        self.channel: Any = None
+
+    def request(self, target: dict[str, Any] | None = None, **sampling: Any) -> pb.PrefillRequest:
+        values = {"max_tokens": 4, "seed": 0, "ignore_eos": True, **sampling}
+        aim = {"endpoint": self.kv_address, "ticket": self.reservation.ticket, "attempt": 1, **(target or {})}
+        return pb.PrefillRequest(
+            request_id="r",
+            prompt_token_ids=pack_token_ids(PROMPT),
+            sampling=types.SamplingParams(**{k: v for k, v in values.items() if v is not None}),
+            target=pb.TransferTarget(**aim),
+        )
+
+    def call(self, request: pb.PrefillRequest) -> Any:
+        return PrefillServiceStub(self.channel).Prefill(request, timeout=PATIENCE)
+
+    async def assert_free(self) -> None:
+        while (await self.runtime.engine.snapshot()).counts != Counts():
+            pass
+        assert (await self.runtime.engine.snapshot()).num_free_blocks == NUM_BLOCKS
+        assert self.transfers._transfers == {}
+
+
+@asynccontextmanager
+async def working(receive: Callable[..., Any] | None = None) -> AsyncIterator[Worker]:
+    """A worker and a receiver, which is `receive(messages, context)` where that is given."""
+    worker, counters = Worker(), ReceiverCounters()
+    receiver = KvTransferServicer(lambda: IncomingTransfer(worker.book, worker.sink, fingerprint(), counters), counters)
+    kv_service = Registration(SERVICE_NAME, receiver.add_to if receive is None else _adder(receive))
+    async with asyncio.timeout(PATIENCE), AsyncExitStack() as stack:
+        kv_server = await stack.enter_async_context(serving([kv_service], "127.0.0.1", 0, grace_seconds=0))
+        worker.kv_address = kv_server.address
+        kv_thread = await stack.enter_async_context(LoopThread("kv", asyncio.new_event_loop))
+        peers = PeerChannels(channel)
+        stack.push_async_callback(lambda: kv_thread.call(peers.close()))
+        stack.enter_context(worker.runtime.engine)
+        worker.servicer = PrefillServicer(worker.runtime, worker.transfers, worker.sender, peers, kv_thread)
+        services = [worker.servicer.registration]
+        server = await stack.enter_async_context(serving(services, "127.0.0.1", 0, grace_seconds=0))
+        worker.channel = await stack.enter_async_context(channel(server.address))
+        yield worker
+
+
+def _adder(receive: Callable[..., Any]) -> Callable[[grpc.aio.Server], None]:
+    handler = grpc.stream_stream_rpc_method_handler(
+        receive,
+        request_deserializer=decode_message,
+        response_serializer=kv_transfer_pb2.TransferResponse.SerializeToString,
+    )
+    generic = grpc.method_handlers_generic_handler(SERVICE_NAME, {"Transfer": handler})
+    return lambda server: server.add_generic_rpc_handlers((generic,))
+
+
+async def read_all(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def refusal(call: Any) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await read_all(call)
+    return caught.value
+
+
+async def test_a_prompt_is_computed_in_chunks_handed_over_and_continued() -> None:
+    async with working() as worker:
+        gate = worker.runner.before_run = Gate(permits=2)
+        call = worker.call(worker.request())
+        for _ in range(3):
+            await gate.wait_reached()
+        gate.open()
+        first, finished = await call.read(), await call.read()
+        assert await call.read() is grpc.aio.EOF
+        assert list(first.first_token.token_ids) == [20]
+        assert first.first_token.first_index == 0
+        assert first.first_token.finish_reason == types.FINISH_REASON_UNSPECIFIED
+        assert worker.applied == [20]
+        # Blocks are handed out from 0 up.
+        assert worker.sink.content(BLOCKS, range(10)) == worker.source.content([0, 1, 2], range(10))
+        transfer = finished.finished.transfer
+        assert transfer.transport == "grpc"
+        assert transfer.payload_bytes == GEOMETRY.token_bytes * 10 == worker.sent.kv_bytes_sent
+        assert transfer.frames == len(worker.sink.writes)
+        assert finished.finished.compute_seconds > 0
+        await worker.assert_free()
+
+
+async def test_only_what_the_receiver_lacks_is_sent() -> None:
+    async with working() as worker:
+        worker.reservation.tokens = range(7, 10)
+        call = worker.call(worker.request({"num_cached_tokens": 7}))
+        await call.read()
+        finished = (await call.read()).finished
+        assert finished.transfer.payload_bytes == GEOMETRY.token_bytes * 3
+        assert worker.sink.content(BLOCKS, range(7, 10)) == worker.source.content([0, 1, 2], range(7, 10))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "reason"),
+    [
+        ({"max_tokens": 1}, types.FINISH_REASON_LENGTH),
+        ({"stop_token_ids": [20]}, types.FINISH_REASON_STOP),
+    ],
+)
+async def test_a_first_token_that_ends_the_request_abandons_the_transfer(
+    sampling: dict[str, Any], reason: types.FinishReason
+) -> None:
+    async with working() as worker:
+        call = worker.call(worker.request(**sampling))
+        assert (await call.read()).first_token.finish_reason == reason
+        assert not (await call.read()).finished.HasField("transfer")
+        assert await call.read() is grpc.aio.EOF
+        await worker.assert_free()
+        assert (await worker.runtime.engine.snapshot()).requests_finished == 1
+
+
+class SlowContext:
+    """A router that is slow to take the first token, while the decode worker has heard already that it was the last."""
+
+    def __init__(self, until: asyncio.Event) -> None:
+        self.until = until
+        self.responses: list[pb.PrefillResponse] = []
+
+    def time_remaining(self) -> float:
+        return PATIENCE
+
+    async def send_initial_metadata(self, metadata: object) -> None:
+        pass
+
+    async def write(self, response: pb.PrefillResponse) -> None:
+        await self.until.wait()
+        self.responses.append(response)
+
+
+async def test_a_transfer_refused_because_the_request_has_ended_is_no_failure() -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def refuse(messages: Any, context: Any) -> None:
+        context.add_done_callback(lambda _: ended.set())
+        await context.write(kv_transfer_pb2.TransferResponse(ready=kv_transfer_pb2.KvReady(transport="grpc")))
+        begun.set()
+        async for message in messages:
+            if isinstance(message, kv_transfer_pb2.KvCommit):
+                rejected = kv_transfer_pb2.KvRejected(reason="the request has ended")
+                await context.write(kv_transfer_pb2.TransferResponse(rejected=rejected))
+                return
+
+    async with working(refuse) as worker:
+        gate = worker.runner.before_run = Gate()
+        context: Any = SlowContext(ended)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(worker.servicer.Prefill(worker.request(max_tokens=1), context))
+            await begun.wait()
+            gate.open(3)
+        first, finished = context.responses
+        assert first.first_token.finish_reason == types.FINISH_REASON_LENGTH
+        assert not finished.finished.HasField("transfer")
+        await worker.assert_free()
+
+
+@pytest.mark.parametrize(
+    ("target", "field"),
+    [
+        ({"ticket": b"short"}, "target.ticket: 5 bytes are not 16"),
+        ({"ticket": b""}, "target.ticket"),
+        ({"endpoint": ""}, "target.endpoint"),
+        ({"endpoint": "nowhere"}, "target.endpoint"),
+        ({"endpoint": "host:port"}, "target.endpoint"),
+        ({"attempt": 0}, "target.attempt: 0 is not 1 or more"),
+        ({"num_cached_tokens": 10}, "target.num_cached_tokens: 10 of 10"),
+    ],
+)
+async def test_a_malformed_target_is_refused_by_the_field(target: dict[str, Any], field: str) -> None:
+    async with working() as worker:
+        error = await refusal(worker.call(worker.request(target)))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert field in (error.details() or "")
+        await worker.assert_free()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        ({"seed": None}, "seed: is missing"),
+        ({"max_tokens": None}, "max_tokens: is missing"),
+        ({"top_p": 0}, "top_p: 0"),
+        ({"top_k": 0}, "top_k: 0"),
+        ({"max_tokens": 60}, "exceed the context of 64"),
+    ],
+)
+async def test_malformed_sampling_is_refused_by_the_field(sampling: dict[str, Any], field: str) -> None:
+    async with working() as worker:
+        error = await refusal(worker.call(worker.request(**sampling)))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert field in (error.details() or "")
+        await worker.assert_free()
+
+
+async def test_token_bytes_that_are_not_whole_are_refused() -> None:
+    async with working() as worker:
+        request = worker.request()
+        request.prompt_token_ids += b"x"
+        error = await refusal(worker.call(request))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "prompt_token_ids: 41 bytes" in (error.details() or "")
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "details"),
+    [
+        ({"ticket": bytes(16)}, grpc.StatusCode.NOT_FOUND, "the ticket is unknown"),
+        ({"num_cached_tokens": 1}, grpc.StatusCode.ABORTED, "token range"),
+        ({"endpoint": "127.0.0.1:1"}, grpc.StatusCode.UNAVAILABLE, "decode worker 127.0.0.1:1"),
+    ],
+)
+async def test_a_transfer_that_fails_ends_the_rpc_and_frees_the_blocks(
+    target: dict[str, Any], code: grpc.StatusCode, details: str
+) -> None:
+    async with working() as worker:
+        error = await refusal(worker.call(worker.request(target)))
+        assert error.code() is code
+        assert details in (error.details() or "")
+        await worker.assert_free()
+
+
+async def test_a_prompt_larger_than_the_pool_is_refused() -> None:
+    async with working() as worker:
+        request = worker.request()
+        request.prompt_token_ids = pack_token_ids([5] * 40)
+        error = await refusal(worker.call(request))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await worker.assert_free()
+
+
+async def test_a_cancel_in_the_middle_of_a_prompt_stops_the_transfer_and_frees_the_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def watch(messages: Any, context: Any) -> None:
+        context.add_done_callback(lambda _: ended.set())
+        await context.write(kv_transfer_pb2.TransferResponse(ready=kv_transfer_pb2.KvReady(transport="grpc")))
+        begun.set()
+        await asyncio.Event().wait()
+
+    async with working(watch) as worker:
+        gate = worker.runner.before_run = Gate(permits=1)
+        call = worker.call(worker.request())
+        await begun.wait()
+        for _ in range(2):
+            await gate.wait_reached()
+        removed = asyncio.Event()
+        remove = worker.runtime.engine.remove
+
+        def watched(handle: RequestHandle, *, finished: bool) -> None:
+            assert worker.sender.num_running == 0, "the blocks were given back while they were being sent"
+            remove(handle, finished=finished)
+            removed.set()
+
+        monkeypatch.setattr(worker.runtime.engine, "remove", watched)
+        call.cancel()
+        await removed.wait()
+        await ended.wait()
+        gate.open()
+        await worker.assert_free()
+        after = await worker.runtime.engine.snapshot()
+        assert after.requests_cancelled == 1
+        assert after.counters.prefill_tokens_computed == 8, "the third chunk was computed for nobody"
+
+
+async def test_a_failing_model_ends_the_rpc_and_the_transfer() -> None:
+    def fail(batch: Batch) -> None:
+        raise RuntimeError("secret")
+
+    async with working() as worker:
+        worker.runner.before_run = fail
+        error = await refusal(worker.call(worker.request()))
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert "secret" not in (error.details() or "")
+        assert worker.applied == []
+        await worker.assert_free()
