@@ -49,6 +49,7 @@ contains; one combination in {one_in} is held out so.
 {table}
 
 All prompts of up to 512 tokens: {short:.1f} %. From 513 to 1,024 tokens: {long:.1f} %.
+The same questions of up to 512 tokens as plain text to complete, without the chat template: {plain:.1f} %.
 
 ## Training
 
@@ -57,24 +58,26 @@ All prompts of up to 512 tokens: {short:.1f} %. From 513 to 1,024 tokens: {long:
 ```
 
 {took}The script generates all text itself. Training has three phases: copying random
-tokens; stories of facts, longer whenever the answers have become right; and stories of 2 to 160 facts (about 1,024
+tokens; stories of facts, longer whenever the answers have become right; and stories of 2 to 160 facts (about 1,070
 tokens) while the learning rate falls. Only answers (or the second copy) count in the loss. The heads of the first layer
 start out looking one to four tokens back, which shortens the first phase. The same seed on the same machine, with the
-same versions and as many threads, gives the same weights; elsewhere they differ in rounding.
+same versions and as many threads, repeats the same run; elsewhere it differs in rounding.
 
 ## Limits
 
 - It answers these three kinds of question, in these words, about things that the stories' own vocabulary names. It
   cannot converse, and answers anything else with nonsense.
+- Ask it through the chat template: as plain text it was trained on few examples only, and does worse.
 - A question about something that the story does not say is answered anyway, and wrongly.
 - Prompts above {longest} tokens are longer than its training stories; the last line of the table says what to expect.
 """
 
 
-def write_card(folder: Path, model: Any, scores: Sequence[Score], command: str, took: str | None) -> None:
+def write_card(folder: Path, model: Any, scores: Sequence[Score], plain: float, command: str, took: str | None) -> None:
     """Write the card to ``README.md`` in the model's folder.
 
-    ``took`` says how long training was, in words; a card rewritten by an evaluation alone keeps the earlier one's line.
+    ``plain`` is the share right in plain text, ``took`` says how long training was, in words; a card rewritten
+    by an evaluation alone keeps the earlier one's line.
     """
     card = folder / "README.md"
     example = held_out_example(0, 4)
@@ -95,6 +98,7 @@ def write_card(folder: Path, model: Any, scores: Sequence[Score], command: str, 
         table=table(scores),
         short=100 * share(scores, longest=512),
         long=100 * share(scores, shortest=513, longest=1024),
+        plain=100 * plain,
         command=command,
         took=_took(card, took),
         longest=f"{BUCKETS[-2][1]:,}",

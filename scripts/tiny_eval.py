@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tiny_batches import Batch, pad_rows
 from tiny_stories import KINDS, Example, Kind, facts_for_tokens, held_out_example
-from tiny_tokenizer import ASSISTANT, END, PAD, render_chat
+from tiny_tokenizer import ASSISTANT, BEGIN, END, PAD, render_chat
 
 BUCKETS: tuple[tuple[int, int], ...] = (
     (1, 128),
@@ -61,15 +61,16 @@ def predict(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return model.lm_head(hidden[batch.learnt]), batch.ids.roll(-1, 1)[batch.learnt]
 
 
-def grade(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[bool]:
-    """Which of the examples the model answers exactly right."""
+def grade(model: Any, tokenizer: Any, examples: Sequence[Example], chat: bool = True) -> list[bool]:
+    """Which of the examples the model answers exactly right, asked in a chat or as plain text."""
     pad, end = (tokenizer.convert_tokens_to_ids(token) for token in (PAD, END))
     right: list[bool] = []
     for first in range(0, len(examples), EVAL_BATCH):
         rows, masks = [], []
         for example in examples[first : first + EVAL_BATCH]:
-            prompt = tokenizer(_prompt(example), add_special_tokens=False)["input_ids"]
-            answer = tokenizer(example.answer + END, add_special_tokens=False)["input_ids"]
+            told, answered = (_prompt(example), "") if chat else (BEGIN + example.prompt, " ")
+            prompt = tokenizer(told, add_special_tokens=False)["input_ids"]
+            answer = tokenizer(answered + example.answer + END, add_special_tokens=False)["input_ids"]
             rows.append(prompt + answer)
             masks.append([False] * len(prompt) + [True] * len(answer))
         with torch.inference_mode():
@@ -104,6 +105,16 @@ def evaluate(model: Any, tokenizer: Any, per_cell: int) -> list[Score]:
             right = grade(model, tokenizer, examples_of_length(tokenizer, bucket, kind, per_cell))
             scores.append(Score(bucket, kind, sum(right), len(right)))
     return scores
+
+
+def evaluate_plain(model: Any, tokenizer: Any, per_cell: int) -> float:
+    """The share right when prompts of up to 512 tokens are plain text to complete, with no chat template."""
+    right: list[bool] = []
+    for bucket in BUCKETS[:3]:
+        for kind in KINDS:
+            examples = examples_of_length(tokenizer, bucket, kind, per_cell)
+            right += grade(model, tokenizer, examples, chat=False)
+    return sum(right) / len(right)
 
 
 def share(scores: Sequence[Score], shortest: int = 0, longest: int = BUCKETS[-1][1]) -> float:

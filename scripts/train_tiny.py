@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tiny_batches import Batch, Batches
 from tiny_card import write_card
-from tiny_eval import answers_right, evaluate, grade, predict, table
+from tiny_eval import answers_right, evaluate, evaluate_plain, grade, predict, table
 from tiny_stories import KINDS, held_out_example
 from tiny_tokenizer import BEGIN, END, MAX_TOKENS, PAD, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -224,7 +224,8 @@ def report(plan: Plan, took: str | None) -> str:
     model = AutoModelForCausalLM.from_pretrained(plan.out).eval()
     scores = evaluate(model, tokenizer, plan.per_cell)
     command = f"python scripts/train_tiny.py --seed {plan.seed} --threads {plan.threads}"
-    write_card(plan.out, model, scores, command, took)
+    plain = evaluate_plain(model, tokenizer, plan.per_cell)
+    write_card(plan.out, model, scores, plain, command, took)
     return table(scores)
 
 

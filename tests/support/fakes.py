@@ -237,6 +237,9 @@ class FakeWorkerStatus(Scripted, WorkerServiceServicer):
     async def WatchStatus(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self.follow(request, context)
 
+    async def GetStatus(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
     def registration(self) -> Registration:
         return Registration("kvbaton.v1.WorkerService", lambda s: add_WorkerServiceServicer_to_server(self, s))
 

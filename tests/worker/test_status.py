@@ -27,7 +27,7 @@ LIMITS = Limits(max_prefill_tokens=8, max_decode_seqs=4, max_waiting=4)
 class Worker:
     def __init__(self, runtime: WorkerRuntime, stub: Any) -> None:
         self.runtime, self.stub = runtime, stub
-        self.draining = False
+        self.stop = asyncio.Event()
         self.counters = ReceiverCounters(kv_bytes_received=7)
 
 
@@ -35,7 +35,7 @@ class Worker:
 async def working() -> AsyncIterator[Worker]:
     runtime = make_runtime(FakeStore(), FakeRunner(), LIMITS)
     worker = Worker(runtime, None)
-    servicer = WorkerServicer(pb.WORKER_ROLE_DECODE, runtime, worker.counters, lambda: worker.draining)
+    servicer = WorkerServicer(pb.WORKER_ROLE_DECODE, runtime, worker.counters, worker.stop)
     async with asyncio.timeout(PATIENCE):
         with runtime.engine:
             async with (
@@ -65,15 +65,20 @@ async def test_a_status_tells_who_the_worker_is_and_what_it_holds() -> None:
 async def test_a_watch_tells_at_once_and_then_of_changes() -> None:
     async with working() as worker:
         watch = worker.stub.WatchStatus(pb.WatchStatusRequest(min_interval_seconds=0.05))
-        first = await watch.read()
-        assert not first.draining
-        worker.draining = True
-        second = await watch.read()
-        assert second.draining
+        assert (await watch.read()).counters.transfers_applied == 0
         worker.counters.transfers_applied = 3
-        third = await watch.read()
-        assert third.counters.transfers_applied == 3
+        assert (await watch.read()).counters.transfers_applied == 3
         watch.cancel()
+
+
+async def test_a_watch_tells_of_the_drain_at_once_and_ends() -> None:
+    async with working() as worker:
+        # A minute, far beyond the test's patience.
+        watch = worker.stub.WatchStatus(pb.WatchStatusRequest(min_interval_seconds=60))
+        assert not (await watch.read()).draining
+        worker.stop.set()
+        assert (await watch.read()).draining
+        assert await watch.read() is grpc.aio.EOF
 
 
 @pytest.mark.parametrize("interval", [0.04, 61, -1, float("nan"), float("inf")])

@@ -120,6 +120,9 @@ class InferenceServicer(InferenceServiceServicer):
         check_model(request.model, model)
         prompt = await self._tokenize(request.prompt)
         admitted = admit(request, prompt, model, self._config.default_max_tokens)
+        # A write that a failing leg cancels must not be the one that carries the headers: gRPC could then send no
+        # status any more, and the client would wait for ever.
+        await context.send_initial_metadata(())
         routing = telemetry.start_span(telemetry.SPAN_ROUTE)
         prefill, decode, choice = self._registry.choose()
         routing.set_attribute("kvbaton.reason", choice.reason)
