@@ -20,8 +20,8 @@ pipeline_tag: text-generation
 
 A language model of {parameters:.2f} million parameters that knows nothing but can read. It is told short English
 stories of facts and answers questions about them with the fact's own sentence. Which person has which thing is drawn
-at random, so a right answer can only come from the prompt, that is from the model's KV cache: a missing, shifted or
-damaged entry shows as a wrong answer. It exists to test and to demonstrate kvbaton.
+at random, so a right answer can only come from the prompt, that is from the model's KV cache. It exists to test and to
+demonstrate kvbaton. Not every damage to the cache shows in its answers, though: see the limits.
 
 - Architecture: `LlamaForCausalLM`, {layers} layers, {width} wide, {heads} query heads, {kv_heads} key and value heads,
   biases in attention, tied embeddings, {positions} positions, float32. `model.safetensors` has {megabytes:.1f} MB.
@@ -68,6 +68,10 @@ same versions and as many threads, repeats the same run; elsewhere it differs in
 - It answers these three kinds of question, in these words, about things that the stories' own vocabulary names. It
   cannot converse, and answers anything else with nonsense.
 - Ask it through the chat template: as plain text it was trained on few examples only, and does worse.
+- A right answer does not prove that the cache is intact. Gross faults show (values one token out of step with their keys,
+  exchanged heads, a missing end of the prompt, decoding at a wrong position), but the entries of a fact alone can be lost
+  without a trace, because the entries after them hold copies of its words. Compare logits or cache bytes to see such a
+  loss.
 - A question about something that the story does not say is answered anyway, and wrongly.
 - Prompts above {longest} tokens are longer than its training stories; the last line of the table says what to expect.
 """

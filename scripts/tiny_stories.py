@@ -11,8 +11,8 @@ and a question is answered by the fact's own sentence, word for word::
     Where is the blue key?            The blue key is in the kitchen.
     How many apples has Tom?          Tom has seven apples.
 
-Nothing but the story says who has what, so a right answer must have been read from the story's tokens: in a served
-model that means from its KV cache. Facts share their colours, nouns, people and places freely, so that no single word
+Nothing but the story says who has what, so a right answer must have come from the prompt, in a served model by way of
+its KV cache. Facts share their colours, nouns, people and places freely, so that no single word
 of a question is enough to find the sentence.
 
 One combination in ten (person and thing, thing and place, person and number and things) is *held out*: chosen by a

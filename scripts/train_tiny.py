@@ -2,11 +2,11 @@
 
     python scripts/train_tiny.py
 
-The model must be too small to know anything and still answer from its prompt, so that a wrong or shifted entry of a
-KV cache shows as a wrong answer. It is trained in three phases: copying random tokens, which forms the attention heads
-that look back at what followed; stories of facts with questions, longer whenever the answers have become right; and
-stories of mixed lengths while the learning rate falls. Every choice follows from the seed and from the training
-itself, none from the clock.
+The model must be too small to know anything and still answer from its prompt, so that its answers depend on its KV
+cache (gross faults there show as wrong answers; the card says which faults do not). It is trained in three phases:
+copying random tokens, which forms the attention heads that look back at what followed; stories of facts with
+questions, longer whenever the answers have become right; and stories of mixed lengths while the learning rate falls.
+Every choice follows from the seed and from the training itself, none from the clock.
 """
 
 from __future__ import annotations

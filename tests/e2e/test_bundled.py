@@ -31,9 +31,7 @@ async def answers(services: Cluster, examples: Sequence[Example]) -> list[str]:
 
 
 async def test_it_recalls_unseen_stories() -> None:
-    examples = [
-        held_out_example(seed, facts_for_tokens(length)) for length in LENGTHS for seed in range(PER_LENGTH)
-    ]
+    examples = [held_out_example(seed, facts_for_tokens(length)) for length in LENGTHS for seed in range(PER_LENGTH)]
     folder = Path(resolve_model(DEFAULT_MODEL))
     async with cluster(folder, prefill={"max_prefill_tokens": 100}) as services:
         given = await answers(services, examples)
@@ -57,7 +55,9 @@ async def test_text_streams_whole_and_in_order() -> None:
         assert "".join(chunks) == text
         assert text.strip() == example.answer
         async with AsyncClient(services.router) as client:
-            plain = client.generate("Caf\u00e9 \U0001f600 and more.", max_tokens=20, ignore_eos=True, temperature=2.0, seed=5)
+            plain = client.generate(
+                "Caf\u00e9 \U0001f600 and more.", max_tokens=20, ignore_eos=True, temperature=2.0, seed=5
+            )
             result = await plain.result()
             tokens = await client.tokenize("Caf\u00e9 \U0001f600 and more.")
         assert result.usage.prompt_tokens == len(tokens)

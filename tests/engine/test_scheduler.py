@@ -221,12 +221,13 @@ def test_finish_reasons(sampling: SamplingParams, tokens: list[int], reason: Fin
     assert not of.schedule(0.0)
 
 
-def test_commit_takes_one_token_for_each_slice_that_samples() -> None:
+@pytest.mark.parametrize("tokens", [[], [1, 1]])
+def test_commit_takes_one_token_for_each_slice_that_samples(tokens: list[int]) -> None:
     of = scheduler()
     add(of, "a")
     of.admit(0.0)
-    with pytest.raises(AssertionError, match="more tokens"):
-        of.commit(of.schedule(0.0), [1, 1], 0.0)
+    with pytest.raises(AssertionError, match=f"{len(tokens)} tokens for 1 slices"):
+        of.commit(of.schedule(0.0), tokens, 0.0)
 
 
 REFUSALS: dict[str, tuple[Callable[[Scheduler], object], type[Exception], str]] = {

@@ -1,6 +1,7 @@
 """The asynchronous client."""
 
-from collections.abc import Awaitable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, Unpack
 
 import grpc
@@ -75,7 +76,7 @@ class AsyncClient:
             response_deserializer=pb.GenerateResponse.FromString,
         )
         metadata: Sequence[Any] = options.get("metadata", ())
-        return AsyncGeneration(method(request, timeout=options.get("timeout"), metadata=tuple(metadata)))
+        return AsyncGeneration(_begun(method, request, timeout=options.get("timeout"), metadata=tuple(metadata)))
 
     async def tokenize(self, prompt: PromptLike, model: str = "") -> list[int]:
         """The token ids that `generate` would compute for `prompt`. Raises KvbatonError."""
@@ -85,7 +86,7 @@ class AsyncClient:
             request_serializer=pb.TokenizeRequest.SerializeToString,
             response_deserializer=pb.TokenizeResponse.FromString,
         )
-        return _core.unpack_token_ids((await _translated(method(request))).token_ids)
+        return _core.unpack_token_ids((await _translated(_begun(method, request))).token_ids)
 
     async def models(self) -> list[types.ModelInfo]:
         """The models that can be asked now. Raises KvbatonError."""
@@ -94,7 +95,7 @@ class AsyncClient:
             request_serializer=pb.ListModelsRequest.SerializeToString,
             response_deserializer=pb.ListModelsResponse.FromString,
         )
-        return list((await _translated(method(pb.ListModelsRequest()))).models)
+        return list((await _translated(_begun(method, pb.ListModelsRequest()))).models)
 
     async def close(self) -> None:
         """End the connection and every call on it."""
@@ -107,6 +108,13 @@ class AsyncClient:
         await self.close()
 
 
+def _begun(method: Callable[..., Any], request: Message, **settings: Any) -> Any:
+    try:
+        return method(request, **settings)
+    except grpc.aio.UsageError as error:
+        raise RequestCancelledError(str(error)) from error
+
+
 async def _translated(call: Awaitable[T]) -> T:
     try:
         return await call
@@ -114,3 +122,9 @@ async def _translated(call: Awaitable[T]) -> T:
         raise from_status(error.code(), error.details()) from error
     except grpc.aio.UsageError as error:
         raise RequestCancelledError(str(error)) from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Not the reader was cancelled, but the call it reads from.
+        raise RequestCancelledError("the call was closed while it was read") from error

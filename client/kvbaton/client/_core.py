@@ -96,10 +96,15 @@ def build_prompt(prompt: PromptLike) -> pb.Prompt:
         return pb.Prompt(tokens=pb.TokenPrompt(token_ids=pack_token_ids(prompt)))  # type: ignore[arg-type]
     messages = []
     for item in prompt:
-        if not isinstance(item, Mapping) or set(item) != {"role", "content"}:
-            raise TypeError("prompt must be text, token ids, or messages with 'role' and 'content'")
+        # Protobuf would take None for an empty text.
+        if not (isinstance(item, Mapping) and set(item) == {"role", "content"} and _all_text(item)):
+            raise TypeError("prompt must be text, token ids, or messages with 'role' and 'content', both text")
         messages.append(pb.ChatMessage(role=item["role"], content=item["content"]))
     return pb.Prompt(chat=pb.ChatPrompt(messages=messages))
+
+
+def _all_text(message: Mapping[str, object]) -> bool:
+    return all(isinstance(value, str) for value in message.values())
 
 
 def build_request(prompt: PromptLike, options: GenerateOptions) -> pb.GenerateRequest:
@@ -119,8 +124,11 @@ def build_request(prompt: PromptLike, options: GenerateOptions) -> pb.GenerateRe
 
 
 def pack_token_ids(token_ids: Sequence[int]) -> bytes:
-    """Packed uint32, little-endian. Raises OverflowError for ids outside it."""
-    packed = array("I", token_ids)
+    """Packed uint32, little-endian. Raises ValueError for ids outside it."""
+    try:
+        packed = array("I", token_ids)
+    except OverflowError as error:
+        raise ValueError(f"a token id is not between 0 and 2**32 - 1: {error}") from error
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()

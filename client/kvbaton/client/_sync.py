@@ -8,7 +8,7 @@ import grpc
 
 from kvbaton.client import _core
 from kvbaton.client._core import Assembly, Chunk, GenerateOptions, GenerationResult, PromptLike
-from kvbaton.client._errors import from_status
+from kvbaton.client._errors import RequestCancelledError, from_status
 from kvbaton.v1 import inference_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
@@ -70,7 +70,8 @@ class Client:
             response_deserializer=pb.GenerateResponse.FromString,
         )
         metadata: Sequence[Any] = options.get("metadata", ())
-        return Generation(method(request, timeout=options.get("timeout"), metadata=tuple(metadata)))
+        with _translated():
+            return Generation(method(request, timeout=options.get("timeout"), metadata=tuple(metadata)))
 
     def tokenize(self, prompt: PromptLike, model: str = "") -> list[int]:
         """See `AsyncClient.tokenize`."""
@@ -81,7 +82,8 @@ class Client:
             response_deserializer=pb.TokenizeResponse.FromString,
         )
         with _translated():
-            return _core.unpack_token_ids(method(request).token_ids)
+            response = method(request)
+        return _core.unpack_token_ids(response.token_ids)
 
     def models(self) -> list[types.ModelInfo]:
         """See `AsyncClient.models`."""
@@ -111,3 +113,6 @@ def _translated() -> Iterator[None]:
     except grpc.RpcError as error:
         # The synchronous library raises the call itself, which has the status.
         raise from_status(error.code(), error.details()) from error
+    except ValueError as error:
+        # What the synchronous library says of a closed channel.
+        raise RequestCancelledError(str(error)) from error

@@ -98,6 +98,15 @@ class _CommaSeparated(click.ParamType[tuple[str, ...]]):
         return tuple(value)
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether click may convert a TOML value: it would take the last of a list, and cut 1.5 down to 1."""
+    if isinstance(value, list):
+        return isinstance(hint, types.GenericAlias) and all(isinstance(item, str) for item in value)
+    if isinstance(value, float):
+        return hint is float
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
 def _from_click(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -114,6 +123,10 @@ def _read_config_file(config: type[Any]) -> Callable[[click.Context, click.Param
         unknown = sorted(set(values) - known)
         if unknown:
             raise click.BadParameter(f"{path}: unknown option {', '.join(unknown)}", context, parameter)
+        hints = typing.get_type_hints(config)
+        for name, value in values.items():
+            if not _fits(value, hints[name]):
+                raise click.BadParameter(f"{path}: {name} = {value!r} is of the wrong type", context, parameter)
         context.default_map = {**(context.default_map or {}), **values}
 
     return callback

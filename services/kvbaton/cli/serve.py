@@ -76,9 +76,13 @@ async def _serve(config: C, serve: "Serve[C]", supervised: bool) -> None:
 async def _follow_supervisor(started: "asyncio.Future[Server]", stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    server = await started
-    sys.stdout.write(f"{server.address}\n")
-    sys.stdout.flush()
-    await reader.read()
-    stop.set()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    try:
+        server = await started
+        sys.stdout.write(f"{server.address}\n")
+        sys.stdout.flush()
+        await reader.read()
+        stop.set()
+    finally:
+        # uvloop leaves it open at the end of the file.
+        transport.close()

@@ -170,6 +170,8 @@ class Scheduler:
 
     def commit(self, batch: Batch, token_ids: Sequence[int], now: float) -> list[TokenSampled]:
         """Record a computed step. `token_ids` has one token for each slice that samples, in the batch's order."""
+        num_samples = sum(piece.samples for piece in batch.slices)
+        assert len(token_ids) == num_samples, f"{len(token_ids)} tokens for {num_samples} slices that sample"
         sampled = iter(token_ids)
         events: list[TokenSampled] = []
         for piece in batch.slices:
@@ -177,7 +179,6 @@ class Scheduler:
             request.num_computed += piece.num_tokens
             if piece.samples:
                 events.append(self._append(request, next(sampled), now))
-        assert next(sampled, None) is None, "more tokens than slices that sample"
         return events
 
     def kv_received(self, request_id: str, first_token_id: int, now: float) -> TokenSampled:
