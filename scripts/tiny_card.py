@@ -60,18 +60,20 @@ The same questions of up to 512 tokens as plain text to complete, without the ch
 {took}The script generates all text itself. Training has three phases: copying random
 tokens; stories of facts, longer whenever the answers have become right; and stories of 2 to 160 facts (about 1,070
 tokens) while the learning rate falls. Only answers (or the second copy) count in the loss. The heads of the first layer
-start out looking one to four tokens back, which shortens the first phase. The same seed on the same machine, with the
-same versions and as many threads, repeats the same run; elsewhere it differs in rounding.
+start out looking one to four tokens back, which shortens the first phase. In half of the stories the things are made of
+as few words as will do (two colours of the same two nouns, say), so that even the likest words must be told apart. The
+same seed on the same machine, with the same versions and as many threads, repeats the same run; elsewhere it differs in
+rounding.
 
 ## Limits
 
 - It answers these three kinds of question, in these words, about things that the stories' own vocabulary names. It
   cannot converse, and answers anything else with nonsense.
-- Ask it through the chat template: as plain text it was trained on few examples only, and does worse.
-- A right answer does not prove that the cache is intact. Gross faults show (values one token out of step with their keys,
-  exchanged heads, a missing end of the prompt, decoding at a wrong position), but the entries of a fact alone can be lost
-  without a trace, because the entries after them hold copies of its words. Compare logits or cache bytes to see such a
-  loss.
+- Ask it through the chat template, which most of its training stories use.
+- A right answer does not prove that the cache is intact. Gross faults show (values one token out of step with their
+  keys, exchanged heads, a missing end of the prompt, decoding at a wrong position), but an earlier model of this recipe
+  answered right after the asked fact's own entries had been zeroed, because later entries hold copies of its words.
+  Compare logits or cache bytes to see such a loss.
 - A question about something that the story does not say is answered anyway, and wrongly.
 - Prompts above {longest} tokens are longer than its training stories; the last line of the table says what to expect.
 """

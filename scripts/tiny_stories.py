@@ -11,8 +11,8 @@ and a question is answered by the fact's own sentence, word for word::
     Where is the blue key?            The blue key is in the kitchen.
     How many apples has Tom?          Tom has seven apples.
 
-Nothing but the story says who has what, so a right answer must have come from the prompt, in a served model by way of
-its KV cache. Facts share their colours, nouns, people and places freely, so that no single word
+Nothing but the story says who has what, so a right answer must have been read from the story's tokens: in a served
+model that means from its KV cache. Facts share their colours, nouns, people and places freely, so that no single word
 of a question is enough to find the sentence.
 
 One combination in ten (person and thing, thing and place, person and number and things) is *held out*: chosen by a
@@ -63,6 +63,8 @@ NUMBERS: tuple[str, ...] = (
 )
 # fmt: on
 
+CROSSED_SHARE = 0.5
+"""Share of the stories whose things are made of as few words as will do."""
 HELD_OUT_ONE_IN = 10
 TOKENS_PER_FACT = 20 / 3
 """Mean length of a fact in tokens of the bundled tokenizer (its sentence takes 5, 7 or 8)."""
@@ -154,10 +156,20 @@ def _some(rng: random.Random, words: Sequence[str], least: int) -> list[str]:
 
 
 def _pairs(rng: random.Random, left: Sequence[str], right: Sequence[str], facts: int) -> Iterator[tuple[str, str]]:
-    """Distinct pairs in random order: first from a small square of words, then from all of them."""
+    """Distinct pairs in random order: first from a small square of words, then from all of them.
+
+    Half of the time the square is as small as it can be, so that nearly all its pairs occur: each fact then has
+    neighbours that share one of its words, and even the likest two words must be told apart.
+    """
     side = max(2, round((1.5 * facts) ** 0.5))
-    near = [(a, b) for a in _some(rng, left, side)[: 2 * side] for b in _some(rng, right, side)[: 2 * side]]
-    near = list(dict.fromkeys(near))
+    if rng.random() < CROSSED_SHARE:
+        wide = rng.randint(2, max(2, round(facts**0.5)))
+        firsts, seconds = rng.sample(left, min(wide, len(left))), list(right)
+        rng.shuffle(seconds)
+        seconds = seconds[: max(2, round(2 * facts / 3 / len(firsts)))]
+    else:
+        firsts, seconds = _some(rng, left, side)[: 2 * side], _some(rng, right, side)[: 2 * side]
+    near = list(dict.fromkeys((a, b) for a in firsts for b in seconds))
     rng.shuffle(near)
     yield from near
     seen = set(near)

@@ -235,7 +235,7 @@ def arguments(argv: Sequence[str] | None = None) -> tuple[Plan, bool]:
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and data")
     parser.add_argument("--out", type=Path, default=OUT, help="model folder")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--final-steps", type=int, default=600, help="steps of the last phase")
+    parser.add_argument("--final-steps", type=int, default=800, help="steps of the last phase")
     parser.add_argument("--budget", type=int, default=8192, help="tokens of a batch")
     parser.add_argument("--per-cell", type=int, default=100, help="questions for each length and kind")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the model in --out")

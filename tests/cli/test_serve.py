@@ -124,7 +124,8 @@ def test_a_supervised_service_tells_its_address_and_ends_with_its_standard_input
             os.close(write)
             await stop.wait()
 
-    with os.fdopen(read) as stdin:
+    # The loop closes the pipe.
+    with os.fdopen(read, closefd=False) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         run_it(serve, supervised=True)
     assert capfd.readouterr().out == f"{addresses[0]}\n"
@@ -137,7 +138,7 @@ def test_a_supervised_service_that_cannot_start_says_so(monkeypatch: pytest.Monk
         await asyncio.sleep(0)
         raise StartupError("no memory")
 
-    with os.fdopen(read) as stdin, os.fdopen(write, "w"):
+    with os.fdopen(read, closefd=False) as stdin, os.fdopen(write, "w"):
         monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(CannotStart, match="no memory"):
             run_it(serve, supervised=True)

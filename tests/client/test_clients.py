@@ -189,8 +189,10 @@ async def test_errors_of_the_service_are_the_sdks(raised: Exception, kind: type[
         assert (await anext(generation)).text == "Hel"
         with pytest.raises(kind) as caught:
             await anext(generation)
-        assert str(caught.value) == (str(raised) if kind is not sdk.ServiceError else str(caught.value))
-        assert "secret" not in str(caught.value)
+        if kind is sdk.ServiceError:
+            assert "secret" not in str(caught.value)
+        else:
+            assert str(caught.value) == str(raised)
         # It does not turn into an ordinary end when it is asked again.
         with pytest.raises(kind):
             await generation.result()

@@ -16,14 +16,13 @@ from kvbaton.engine.geometry import KvGeometry, LayerGeometry
 from kvbaton.handoff import sender as sender_module
 from kvbaton.handoff.codec import crc32c, decode_message
 from kvbaton.handoff.frames import FRAME_BYTES, FramePlanner
-from kvbaton.handoff.peers import PeerChannels
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
 from kvbaton.handoff.sender import METHOD, KvSender, OutgoingTransfer, SenderCounters, Target, TransferReport
 from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
 from kvbaton.rpc.serving import Registration, channel, serving
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
-from support.fakes import GEOMETRY, PATIENCE, FakeStore, fingerprint, header
+from support.fakes import GEOMETRY, PATIENCE, FakeStore, fingerprint, forever, header
 
 BLOCKS, SOURCE_BLOCKS = [9, 2, 11, 4], [0, 1, 2, 3]
 TOKENS = range(3, 16)
@@ -222,7 +221,8 @@ async def test_nobody_listening_is_unavailable() -> None:
             await pair.send()
 
 
-async def test_a_receiver_that_vanishes_is_unavailable() -> None:
+@pytest.mark.parametrize("closed_here", [False, True])
+async def test_a_connection_that_ends_while_layers_are_awaited_is_unavailable(closed_here: bool) -> None:
     pair = Pair()
 
     async def send() -> None:
@@ -231,10 +231,13 @@ async def test_a_receiver_that_vanishes_is_unavailable() -> None:
 
     async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         async with listening(pair):
+            if not closed_here:
+                pair.channel = channel(pair.address)
             sending = group.create_task(send())
             await pair.begun.wait()
-        # The server is gone while the prompt is still being computed.
+        # The server has stopped, and its own channel was closed.
         await sending
+    await pair.channel.close()
 
 
 ANSWERS: dict[str, Callable[..., pb.TransferResponse]] = {
@@ -287,17 +290,44 @@ async def test_a_receiver_that_never_answers_is_unavailable(
             await pair.send()
 
 
+async def test_a_receiver_that_applies_what_it_has_not_got_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hasty(messages: Any, context: Any) -> None:
+        for answer in ("ready", "applied"):
+            await context.write(ANSWERS[answer]())
+        await forever()
+
+    monkeypatch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.2)
+    pair = Pair()
+    async with listening(pair, hasty):
+        with pytest.raises(UnavailableError, match="answered applied before everything was sent"):
+            await pair.send()
+    assert pair.sent.transfers_applied == 0
+
+
+async def test_what_was_applied_is_applied_though_the_stream_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lingering(messages: Any, context: Any) -> None:
+        await context.write(ANSWERS["ready"]())
+        async for message in messages:
+            if isinstance(message, pb.KvCommit):
+                await context.write(ANSWERS["applied"]())
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.2)
+    pair = Pair()
+    pair.compute()
+    async with listening(pair, lingering):
+        assert (await pair.send()).applied_ns > 0
+    assert pair.sent.transfers_applied == 1
+
+
 async def test_the_requests_timeout_ends_a_transfer_whose_layers_do_not_come(pair: Pair) -> None:
     with pytest.raises(TimeoutError, match=f"decode worker {pair.address}"):
         await pair.send(timeout=0.2)
 
 
 async def test_the_requests_timeout_ends_a_wait_for_ready() -> None:
-    async def silent(messages: Any, context: Any) -> None:
-        await asyncio.Event().wait()
-
     pair = Pair()
-    async with listening(pair, silent):
+    async with listening(pair, forever):
         with pytest.raises(TimeoutError, match=f"decode worker {pair.address}"):
             await pair.send(timeout=0.2)
 
@@ -368,35 +398,3 @@ async def test_layers_reported_from_many_threads_wake_the_sender(pair: Pair) -> 
         pair.outgoing.first_token(5)
     assert pair.arrived
     assert pair.applied == [5]
-
-
-def test_a_report_of_what_never_happened_is_zero() -> None:
-    report = TransferReport()
-    assert (report.seconds, report.overlapped_share) == (0, 0)
-    report = TransferReport(first_frame_ns=1_000, computed_ns=2_000, applied_ns=5_000)
-    assert (report.seconds, report.overlapped_share) == (4e-6, 0.25)
-
-
-class FakeChannel:
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint, self.closed = endpoint, False
-
-    async def close(self) -> None:
-        self.closed = True
-
-
-async def test_peers_keep_the_channels_used_last() -> None:
-    opened: list[FakeChannel] = []
-
-    def open_channel(endpoint: str) -> Any:
-        opened.append(FakeChannel(endpoint))
-        return opened[-1]
-
-    peers = PeerChannels(open_channel, capacity=2)
-    first = await peers.get("a:1")
-    await peers.get("b:1")
-    assert await peers.get("a:1") is first
-    await peers.get("c:1")
-    assert [(channel.endpoint, channel.closed) for channel in opened] == [("a:1", False), ("b:1", True), ("c:1", False)]
-    await peers.close()
-    assert all(channel.closed for channel in opened)

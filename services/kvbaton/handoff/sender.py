@@ -6,6 +6,7 @@ not bytes.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Sequence
@@ -162,6 +163,10 @@ class KvSender:
             await self._exchange(call, target, "applied", lambda: self._frames(call, target, outgoing))
             outgoing.report.applied_ns = wall_ns()
             self._counters.transfers_applied += 1
+            # To the stream's own end, so that nobody takes it for a cancelled one. Nothing can fail any more.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                    await _read(call)
         finally:
             call.cancel()
         return outgoing.report
@@ -178,16 +183,23 @@ class KvSender:
             answering = group.create_task(_read(call))
             await asyncio.wait({writing, answering}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait({answering}, timeout=ANSWER_TIMEOUT_SECONDS)
+            in_time = answering.done()
+            if in_time and not answering.cancelled() and _is(answering.result(), expected):
+                # What is answered has left; the call that wrote it returns a moment later.
+                await asyncio.wait({writing}, timeout=ANSWER_TIMEOUT_SECONDS)
             writing.cancel()
             answering.cancel()
         peer = f"decode worker {target.endpoint}"
         if answering.cancelled():
-            raise UnavailableError(f"{peer} gave no answer for {ANSWER_TIMEOUT_SECONDS:.0f} s")
+            problem = "the connection was closed" if in_time else f"gave no answer for {ANSWER_TIMEOUT_SECONDS:.0f} s"
+            raise UnavailableError(f"{peer}: {problem}")
         answer = answering.result()
         if isinstance(answer, grpc.aio.AioRpcError) and call.time_remaining() == 0:
             # Not the status: where the deadline meets a write, gRPC says INTERNAL.
             raise TimeoutError(f"{peer}: deadline exceeded") from answer
         self._check(answer, expected, peer)
+        if writing.cancelled():
+            raise UnavailableError(f"{peer} answered {expected} before everything was sent")
 
     async def _frames(
         self,
@@ -237,7 +249,7 @@ class KvSender:
         if answer.HasField("rejected"):
             self._counters.transfers_rejected += 1
             raise TransferRejectedError(f"{peer}: {answer.rejected.reason}")
-        if answer.WhichOneof("message") != expected:
+        if not _is(answer, expected):
             raise UnavailableError(f"{peer} answered {answer.WhichOneof('message')} where {expected} must come")
 
     def _header(self, target: Target) -> pb.KvHeader:
@@ -260,6 +272,10 @@ async def _read(call: Call) -> pb.TransferResponse | grpc.aio.AioRpcError | None
     except grpc.aio.AioRpcError as error:
         return error
     return answer if isinstance(answer, pb.TransferResponse) else None
+
+
+def _is(answer: pb.TransferResponse | grpc.aio.AioRpcError | None, expected: str) -> bool:
+    return isinstance(answer, pb.TransferResponse) and answer.WhichOneof("message") == expected
 
 
 async def _until_ended(write: Callable[[], Coroutine[Any, Any, None]]) -> None:
