@@ -50,6 +50,7 @@ async def test_a_status_tells_who_the_worker_is_and_what_it_holds() -> None:
     async with working() as worker:
         handle = RequestHandle("a")
         worker.runtime.engine.submit(handle, [5] * 6, SamplingParams(max_tokens=3, seed=0), Route.RECEIVE)
+        await handle.admitted()
         status = await worker.stub.GetStatus(pb.GetStatusRequest())
         assert status == pb.WorkerStatus(
             role=pb.WORKER_ROLE_DECODE,
