@@ -1,6 +1,7 @@
 """Both clients against a fake router: streaming, results, early ends, timeouts, errors."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -91,6 +92,31 @@ async def test_an_early_close_cancels_at_the_router() -> None:
         await router.cancelled.wait()
         assert [chunk async for chunk in generation] == []
         await generation.aclose()
+
+
+async def test_a_generation_that_nobody_holds_any_more_is_cancelled_at_the_router() -> None:
+    async with asking(hello_and_wait) as (router, client, _):
+        async for chunk in client.generate("hi"):
+            assert chunk.text == "Hel"
+            break
+        gc.collect()
+        await router.cancelled.wait()
+
+
+async def test_a_closed_generation_has_no_result() -> None:
+    async with asking(hello_and_wait) as (_, client, synchronous):
+        generation = client.generate("hi")
+        await generation.aclose()
+        with pytest.raises(sdk.RequestCancelledError):
+            await generation.result()
+
+        def close_and_ask() -> None:
+            plain = synchronous.generate("hi")
+            plain.close()
+            plain.result()
+
+        with pytest.raises(sdk.RequestCancelledError):
+            await in_thread(close_and_ask)
 
 
 async def test_an_early_close_cancels_at_the_router_without_a_loop() -> None:

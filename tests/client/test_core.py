@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +36,9 @@ def test_text_tokens_and_messages_become_their_kind_of_prompt() -> None:
         None,
         5,
         1.5,
+        b"\1\0\0\0",
+        {"role": "user", "content": "hi"},
+        [True, False],
         [1, "two"],
         ["text"],
         [1.5],
@@ -48,6 +52,24 @@ def test_text_tokens_and_messages_become_their_kind_of_prompt() -> None:
 def test_what_is_no_prompt_is_a_type_error(prompt: Any) -> None:
     with pytest.raises(TypeError):
         build_prompt(prompt)
+
+
+def test_whatever_counts_as_an_integer_is_a_token_and_iterators_are_read_once() -> None:
+    expected = pb.Prompt(tokens=pb.TokenPrompt(token_ids=b"\5\0\0\0\6\0\0\0"))
+    for tokens in (np.array([5, 6]), [np.int64(5), np.int32(6)], iter([5, 6])):
+        assert build_prompt(tokens) == expected  # type: ignore[arg-type]
+
+
+def test_an_option_that_does_not_exist_is_a_type_error() -> None:
+    options: Any = {"max_token": 3, "stop": ["x"]}
+    with pytest.raises(TypeError, match="no option max_token, stop"):
+        build_request("hi", options)
+
+
+@pytest.mark.parametrize(("timeout", "sent"), [(2.0, 2.0), (float("inf"), None), (1e12, None)])
+def test_a_timeout_beyond_all_clocks_is_none(timeout: float, sent: float | None) -> None:
+    assert _core.deadline({"timeout": timeout}) == sent
+    assert _core.deadline({}) is None
 
 
 @pytest.mark.parametrize("token", [-1, 2**32])

@@ -165,7 +165,8 @@ async def test_a_stop_token_ends_the_stream_and_is_part_of_it() -> None:
     ("request_", "sampling", "field"),
     [
         (pb.DecodeRequest(prompt_token_ids=b"abcde"), {}, "prompt_token_ids: 5 bytes"),
-        (pb.DecodeRequest(), {}, "prompt: is empty"),
+        (pb.DecodeRequest(), {}, "prompt_token_ids: is empty"),
+        (pb.DecodeRequest(prompt_token_ids=pack_token_ids([100])), {}, "prompt_token_ids: token id 100 is not below"),
         (pb.DecodeRequest(prompt_token_ids=bytes(4)), {"seed": None}, "seed: is missing"),
         (pb.DecodeRequest(prompt_token_ids=bytes(4)), {"max_tokens": None}, "max_tokens: is missing"),
         (pb.DecodeRequest(prompt_token_ids=bytes(4)), {"max_tokens": 0}, "max_tokens: 0 is not"),

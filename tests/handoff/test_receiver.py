@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvbaton.engine.errors import NotFoundError, TransferRejectedError
+from kvbaton.handoff import wire
 from kvbaton.handoff.codec import Frame, RunningDigest
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
 from kvbaton.v1 import kv_transfer_pb2 as pb
@@ -29,7 +30,7 @@ class Receiver:
         self.store, self.source = FakeStore(), FakeStore()
         self.counters = ReceiverCounters()
         self.applied: list[int] = []
-        self.reservation: Reservation = self.book.open(BLOCKS, TOKENS, self.applied.append)
+        self.reservation: Reservation = self.book.open(BLOCKS, TOKENS, 1000, self.applied.append)
         for layer in LAYERS:
             self.source.fill(layer, [0, 1, 2], range(10))
 
@@ -68,10 +69,9 @@ def commit(frames: list[Frame], **changes: Any) -> pb.KvCommit:
         "first_token_id": FIRST_TOKEN,
         "num_frames": len(frames),
         "payload_bytes": sum(len(frame.payload) for frame in frames),
-        "digest": digest.value(),
         **changes,
     }
-    return pb.KvCommit(**values)
+    return pb.KvCommit(**{"digest": digest.value(values["first_token_id"]), **values})
 
 
 def test_a_whole_transfer_is_written_counted_and_applied_once(receiver: Receiver) -> None:
@@ -93,7 +93,7 @@ def test_a_whole_transfer_is_written_counted_and_applied_once(receiver: Receiver
 
 
 def test_tickets_are_random_and_long(receiver: Receiver) -> None:
-    tickets = {receiver.book.open(BLOCKS, TOKENS, receiver.applied.append).ticket for _ in range(50)}
+    tickets = {receiver.book.open(BLOCKS, TOKENS, 1000, receiver.applied.append).ticket for _ in range(50)}
     assert len(tickets) == 50
     assert {len(ticket) for ticket in tickets} == {16}
     assert len(receiver.book) == 51
@@ -338,3 +338,35 @@ async def test_close_waits_for_the_write_in_progress(receiver: Receiver) -> None
     with pytest.raises(TransferRejectedError, match="the request has ended"):
         transfer.write(frames[1])
     assert len(receiver.store.writes) == 1
+
+
+def test_a_first_token_that_the_model_does_not_have_is_refused(receiver: Receiver) -> None:
+    transfer, frames = receiver.begun(), receiver.frames()
+    for frame in frames:
+        transfer.write(frame)
+    with pytest.raises(TransferRejectedError, match="first_token_id: 1000 is no token"):
+        transfer.commit(commit(frames, first_token_id=1000))
+    assert receiver.applied == []
+
+
+def test_a_first_token_exchanged_on_the_way_is_refused(receiver: Receiver) -> None:
+    transfer, frames = receiver.begun(), receiver.frames()
+    for frame in frames:
+        transfer.write(frame)
+    exchanged = commit(frames)
+    exchanged.first_token_id += 1
+    with pytest.raises(TransferRejectedError, match=r"commit\.digest"):
+        transfer.commit(exchanged)
+    assert receiver.applied == []
+
+
+def test_a_reason_is_short_whatever_the_sender_says(receiver: Receiver) -> None:
+    many = types.KvGeometry(dtype="float32", layer_groups=[types.LayerGroup(num_layers=1)] * 5000)
+    long = types.ModelFingerprint(architecture="x" * 100_000)
+    for problem in (
+        wire.geometry_problem(receiver.store.geometry, many),
+        wire.geometry_problem(receiver.store.geometry, types.KvGeometry(dtype="y" * 100_000)),
+        wire.fingerprint_problem(types.ModelFingerprint(), long),
+    ):
+        assert problem is not None
+        assert len(problem) < 300

@@ -39,7 +39,7 @@ class Pair:
         self.fingerprint = fingerprint()
         self.address = ""
         self.channel: Any = None
-        self.reservation: Reservation = self.book.open(BLOCKS, TOKENS, self.applied.append)
+        self.reservation: Reservation = self.book.open(BLOCKS, TOKENS, 1000, self.applied.append)
         self.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
         self.begun = asyncio.Event()
 

@@ -54,7 +54,7 @@ class Worker:
         limits = Limits(max_prefill_tokens=4, max_decode_seqs=0, max_waiting=4)
         self.runtime: WorkerRuntime = make_runtime(self.source, self.runner, limits, NUM_BLOCKS)
         self.book, self.applied = TicketBook(), list[int]()
-        self.reservation: Reservation = self.book.open(BLOCKS, range(10), self.applied.append)
+        self.reservation: Reservation = self.book.open(BLOCKS, range(10), 1000, self.applied.append)
         self.sender = WatchedSender(self.source, fingerprint(), types.HostIdentity(), self.sent)
         self.servicer: PrefillServicer
         self.kv_address = ""

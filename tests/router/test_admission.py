@@ -8,7 +8,14 @@ import pytest
 from kvbaton.engine.errors import InvalidArgumentError
 from kvbaton.engine.sampling import MAX_SEED, MAX_STOP_TOKEN_IDS
 from kvbaton.engine.tokens import pack_token_ids
-from kvbaton.router.admission import AdmittedRequest, admit, check_model, check_prompt, prompt_token_ids
+from kvbaton.router.admission import (
+    AdmittedRequest,
+    admit,
+    check_model,
+    check_prompt,
+    check_prompt_size,
+    prompt_token_ids,
+)
 from kvbaton.text.tokenizer import Tokenizer
 from kvbaton.v1 import inference_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
@@ -21,7 +28,10 @@ class FakeTokenizer(Tokenizer):
     """One token a character; a conversation is its messages in a row."""
 
     def __init__(self) -> None:
-        super().__init__(None)
+        """Needs no vocabulary."""
+
+    def max_chars(self, num_tokens: int) -> int:
+        return num_tokens
 
     def encode(self, text: str) -> list[int]:
         return [len(text)] * len(text)
@@ -177,3 +187,22 @@ def test_a_model_without_a_tokenizer_takes_tokens_only(prompt: pb.Prompt, field:
     with pytest.raises(InvalidArgumentError, match="no tokenizer; send token ids") as caught:
         prompt_token_ids(prompt, None)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        pb.Prompt(text="a" * 65),
+        pb.Prompt(tokens=pb.TokenPrompt(token_ids=bytes(4 * 65))),
+        chat(("user", "a" * 40), ("assistant", "a" * 25)),
+    ],
+)
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(prompt: pb.Prompt) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^prompt: 65 \w+ exceed the model's context of 64 tokens"):
+        check_prompt_size(prompt, FakeTokenizer(), 64)
+
+
+@pytest.mark.parametrize("prompt", [pb.Prompt(), pb.Prompt(text="a" * 64), chat(("user", "a" * 64))])
+def test_a_prompt_that_may_fit_is_left_to_the_tokenizer(prompt: pb.Prompt) -> None:
+    check_prompt_size(prompt, FakeTokenizer(), 64)
+    check_prompt_size(prompt, None, 64)

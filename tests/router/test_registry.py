@@ -93,7 +93,22 @@ def test_a_draining_worker_is_not_chosen(known: Known) -> None:
     assert known.readiness == [True, False]
 
 
+@pytest.mark.parametrize("first_to_go", ["p", "d"])
+def test_a_rollout_of_another_model_takes_over_when_the_old_one_has_gone(known: Known, first_to_go: str) -> None:
+    known.registry.workers = [known.p1, known.d1]
+    known.all_seen()
+    order = [known.p1, known.d1] if first_to_go == "p" else [known.d1, known.p1]
+    for worker in order:
+        known.registry.lost(worker, "rollout")
+        known.seen(worker, incarnation="2", model=model_info(name="new"))
+    assert (known.p1.problem, known.d1.problem) == ("", "")
+    assert known.registry.ready
+    assert known.registry.model == model_info(name="new")
+
+
 CONTRADICTIONS = [
+    ({"model": model_info(max_model_len=7)}, "d1:1 serves context 7"),
+    ({"model": model_info(vocab_size=7)}, "d1:1 serves vocabulary 7"),
     ({"role": PREFILL}, "--decode d1:1: is a prefill worker"),
     ({"role": pb.WORKER_ROLE_UNSPECIFIED}, "--decode d1:1: is a nameless worker"),
     ({"model": model_info(name="other")}, "d1:1 serves model 'other', the other workers 'fake'"),

@@ -13,7 +13,7 @@ import pytest
 from kvbaton.engine.errors import InvalidArgumentError, OverloadedError
 from kvbaton.engine.request import Route
 from kvbaton.engine.sampling import FinishReason, SamplingParams
-from kvbaton.engine.scheduler import Batch, Counts, Limits, TokenSampled
+from kvbaton.engine.scheduler import Batch, Counts, Limits, Scheduler, TokenSampled
 from kvbaton.worker import engine_thread
 from kvbaton.worker.engine_thread import EngineFailedError, EngineThread, RequestHandle, Snapshot
 from support.fakes import PATIENCE, FakeRunner, Gate, make_engine
@@ -281,3 +281,23 @@ async def test_leaving_ends_the_thread_whatever_is_running() -> None:
         thread.submit(RequestHandle("a"), PROMPT, sampling(20), Route.LOCAL)
         thread.submit(RequestHandle("b"), PROMPT, sampling(), Route.RECEIVE)
     assert not any(alive.name == "engine" for alive in threading.enumerate())
+
+
+async def test_an_engine_that_fails_tells_everybody_and_takes_nothing_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug outside of the forward pass")
+
+    monkeypatch.setattr(Scheduler, "commit", broken)
+    async with running(FakeRunner()) as thread:
+        handle = RequestHandle("a")
+        thread.submit(handle, PROMPT, sampling(), Route.LOCAL)
+        with pytest.raises(EngineFailedError):
+            await handle.next_tokens()
+        with pytest.raises(EngineFailedError):
+            await thread.snapshot()
+        with pytest.raises(EngineFailedError):
+            thread.submit(RequestHandle("b"), PROMPT, sampling(), Route.LOCAL)
+        thread.remove(handle, finished=False)
+    assert "a bug outside of the forward pass" in caplog.text

@@ -1,6 +1,7 @@
 """The asynchronous client."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, Unpack
 
@@ -47,7 +48,13 @@ class AsyncGeneration:
     async def aclose(self) -> None:
         """Stop the generation; harmless when it has ended."""
         self._ended = True
+        self._assembly.close()
         self._call.cancel()
+
+    def __del__(self) -> None:
+        # grpc.aio keeps alive a call that nobody reads any more; leaving an `async for` early must stop it too.
+        with contextlib.suppress(RuntimeError):
+            self._call.cancel()
 
     async def __aenter__(self) -> "AsyncGeneration":
         return self
@@ -76,7 +83,7 @@ class AsyncClient:
             response_deserializer=pb.GenerateResponse.FromString,
         )
         metadata: Sequence[Any] = options.get("metadata", ())
-        return AsyncGeneration(_begun(method, request, timeout=options.get("timeout"), metadata=tuple(metadata)))
+        return AsyncGeneration(_begun(method, request, timeout=_core.deadline(options), metadata=tuple(metadata)))
 
     async def tokenize(self, prompt: PromptLike, model: str = "") -> list[int]:
         """The token ids that `generate` would compute for `prompt`. Raises KvbatonError."""

@@ -1,12 +1,13 @@
 """What the asynchronous and the synchronous client share: requests out, events in. No calls are made here."""
 
+import operator
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from kvbaton.client._errors import ServiceError
+from kvbaton.client._errors import RequestCancelledError, ServiceError
 from kvbaton.v1 import inference_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
@@ -18,6 +19,8 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 16 << 20),
 )
+_LONGEST_TIMEOUT = 1e9
+"""Seconds; beyond it gRPC's clock would overflow."""
 METHODS = "/kvbaton.v1.InferenceService/"
 
 _FINISH_REASONS = {types.FINISH_REASON_STOP: "stop", types.FINISH_REASON_LENGTH: "length"}
@@ -92,15 +95,26 @@ def build_prompt(prompt: PromptLike) -> pb.Prompt:
     """The protobuf form of any kind of prompt. Raises TypeError or ValueError for something else."""
     if isinstance(prompt, str):
         return pb.Prompt(text=prompt)
-    if all(isinstance(item, int) for item in prompt):
-        return pb.Prompt(tokens=pb.TokenPrompt(token_ids=pack_token_ids(prompt)))  # type: ignore[arg-type]
+    if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
+        raise TypeError(f"prompt must be text, token ids, or messages, not {type(prompt).__name__}")
+    items = list(prompt)
+    token_ids = _as_token_ids(items)
+    if token_ids is not None:
+        return pb.Prompt(tokens=pb.TokenPrompt(token_ids=pack_token_ids(token_ids)))
     messages = []
-    for item in prompt:
+    for item in items:
         # Protobuf would take None for an empty text.
         if not (isinstance(item, Mapping) and set(item) == {"role", "content"} and _all_text(item)):
             raise TypeError("prompt must be text, token ids, or messages with 'role' and 'content', both text")
         messages.append(pb.ChatMessage(role=item["role"], content=item["content"]))
     return pb.Prompt(chat=pb.ChatPrompt(messages=messages))
+
+
+def _as_token_ids(items: Sequence[Any]) -> list[int] | None:
+    # Whatever counts as an integer is one, numpy's included; a bool is a mistake.
+    if not all(hasattr(item, "__index__") and not isinstance(item, bool) for item in items):
+        return None
+    return [operator.index(item) for item in items]
 
 
 def _all_text(message: Mapping[str, object]) -> bool:
@@ -109,6 +123,9 @@ def _all_text(message: Mapping[str, object]) -> bool:
 
 def build_request(prompt: PromptLike, options: GenerateOptions) -> pb.GenerateRequest:
     """The request of a `generate` call. Raises TypeError or ValueError for values that protobuf cannot hold."""
+    unknown = sorted(set(options) - GenerateOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"generate() has no option {', '.join(unknown)}")
     sampling = types.SamplingParams(
         stop_token_ids=options.get("stop_token_ids", ()), ignore_eos=options.get("ignore_eos", False)
     )
@@ -121,6 +138,12 @@ def build_request(prompt: PromptLike, options: GenerateOptions) -> pb.GenerateRe
         sampling=sampling,
         request_id=options.get("request_id", ""),
     )
+
+
+def deadline(options: GenerateOptions) -> float | None:
+    """The call's timeout in seconds, as gRPC takes it: no deadline for one that is practically infinite."""
+    timeout = options.get("timeout")
+    return None if timeout is None or timeout > _LONGEST_TIMEOUT else timeout
 
 
 def pack_token_ids(token_ids: Sequence[int]) -> bytes:
@@ -150,6 +173,11 @@ class Assembly:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._finished: pb.GenerateFinished | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """The reader has left; what is missing will not come."""
+        self._closed = True
 
     def add(self, response: pb.GenerateResponse) -> Chunk | None:
         """Take in an event; the chunk if it carried tokens. Raises ServiceError when tokens are missing."""
@@ -164,8 +192,10 @@ class Assembly:
         return Chunk(event.first_index, tuple(event.token_ids), event.text)
 
     def result(self) -> GenerationResult:
-        """The whole answer. Raises ServiceError when the stream ended before it was whole."""
+        """The whole answer. Raises ServiceError when the stream ended before it was whole, or RequestCancelledError."""
         finished = self._finished
+        if finished is None and self._closed:
+            raise RequestCancelledError("the generation was closed before its end")
         if finished is None:
             raise ServiceError("the stream ended without a result")
         usage = finished.usage

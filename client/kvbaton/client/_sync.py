@@ -45,6 +45,7 @@ class Generation:
     def close(self) -> None:
         """Stop the generation; harmless when it has ended."""
         self._ended = True
+        self._assembly.close()
         self._call.cancel()
 
     def __enter__(self) -> "Generation":
@@ -71,7 +72,7 @@ class Client:
         )
         metadata: Sequence[Any] = options.get("metadata", ())
         with _translated():
-            return Generation(method(request, timeout=options.get("timeout"), metadata=tuple(metadata)))
+            return Generation(method(request, timeout=_core.deadline(options), metadata=tuple(metadata)))
 
     def tokenize(self, prompt: PromptLike, model: str = "") -> list[int]:
         """See `AsyncClient.tokenize`."""

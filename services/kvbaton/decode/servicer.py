@@ -11,7 +11,7 @@ import itertools
 import grpc
 
 from kvbaton.engine.request import Request, Route
-from kvbaton.engine.tokens import unpack_token_ids
+from kvbaton.engine.tokens import check_token_ids, unpack_token_ids
 from kvbaton.handoff.receiver import Reservation, TicketBook
 from kvbaton.rpc import telemetry
 from kvbaton.rpc.sampling import FINISH_REASONS, complete_sampling_from_proto
@@ -49,6 +49,7 @@ class DecodeServicer(DecodeServiceServicer):
     async def Decode(self, request: pb.DecodeRequest, context: Context) -> None:  # type: ignore[override]
         """See the proto."""
         prompt = unpack_token_ids(request.prompt_token_ids, "prompt_token_ids")
+        check_token_ids(prompt, self._runtime.model.vocab_size, "prompt_token_ids")
         sampling = complete_sampling_from_proto(request.sampling)
         handle = RequestHandle(f"{request.request_id}/{next(self._serial)}")
         reservation: Reservation | None = None
@@ -57,7 +58,9 @@ class DecodeServicer(DecodeServiceServicer):
             self._runtime.engine.submit(handle, prompt, sampling, Route.RECEIVE)
             admitted = await handle.admitted()
             on_applied = functools.partial(self._runtime.engine.kv_received, handle.request_id)
-            reservation = self._book.open(admitted.blocks, range(len(prompt)), on_applied)
+            reservation = self._book.open(
+                admitted.blocks, range(len(prompt)), self._runtime.model.vocab_size, on_applied
+            )
             await context.write(pb.DecodeResponse(admitted=self._admitted(admitted, reservation)))
             await self._stream(handle, admitted, context)
             finished = True

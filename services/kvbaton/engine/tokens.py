@@ -2,7 +2,7 @@
 
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvbaton.engine.errors import InvalidArgumentError
 
@@ -16,6 +16,15 @@ def pack_token_ids(token_ids: Iterable[int]) -> bytes:
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, field: str) -> None:
+    """Raises InvalidArgumentError naming `field` when there is no token, or one that the model does not have."""
+    if not token_ids:
+        raise InvalidArgumentError(field, "is empty")
+    largest = max(token_ids)
+    if largest >= vocab_size:
+        raise InvalidArgumentError(field, f"token id {largest} is not below {vocab_size}")
 
 
 def unpack_token_ids(data: bytes, field: str) -> list[int]:

@@ -116,9 +116,11 @@ class RunningDigest:
             )
         )
 
-    def value(self) -> bytes:
-        """16 bytes over all frames so far."""
-        return self._hash.digest()
+    def value(self, first_token_id: int) -> bytes:
+        """16 bytes over all frames so far and the token that the commit carries. Changes nothing."""
+        whole = self._hash.copy()
+        whole.update(struct.pack("<I", first_token_id))
+        return whole.digest()
 
 
 def _decode_frame(data: memoryview) -> Frame:

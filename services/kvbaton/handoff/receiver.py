@@ -25,6 +25,10 @@ Applied = Callable[[int], None]
 """Told the first token's id when the KV of a reservation is verified and in place."""
 
 
+class RequestEndedError(TransferRejectedError):
+    """The request went while its KV was on the way: a cancel, and nobody's fault."""
+
+
 @dataclass(slots=True, eq=False)
 class Reservation:
     """Blocks that wait for KV."""
@@ -33,6 +37,8 @@ class Reservation:
     blocks: Sequence[int]
     tokens: range
     """Prompt tokens whose KV must come."""
+    vocab_size: int
+    """The first token's id must be below it."""
     on_applied: Applied
     lock: threading.Lock = field(default_factory=threading.Lock)
     attempt: int = 0
@@ -59,9 +65,9 @@ class TicketBook:
     def __len__(self) -> int:
         return len(self._reservations)
 
-    def open(self, blocks: Sequence[int], tokens: range, on_applied: Applied) -> Reservation:
-        """Make a ticket for reserved blocks."""
-        reservation = Reservation(secrets.token_bytes(TICKET_BYTES), blocks, tokens, on_applied)
+    def open(self, blocks: Sequence[int], tokens: range, vocab_size: int, on_applied: Applied) -> Reservation:
+        """Make a ticket for reserved blocks, to be filled with the KV of `tokens`."""
+        reservation = Reservation(secrets.token_bytes(TICKET_BYTES), blocks, tokens, vocab_size, on_applied)
         with self._lock:
             self._reservations[reservation.ticket] = reservation
         return reservation
@@ -172,7 +178,9 @@ class IncomingTransfer:
         if (commit.num_frames, commit.payload_bytes) != (self._num_frames, self._payload_bytes):
             sent, got = (commit.num_frames, commit.payload_bytes), (self._num_frames, self._payload_bytes)
             raise TransferRejectedError(f"commit: frames and bytes sent {sent}, received {got}")
-        if commit.digest != self._digest.value():
+        if commit.first_token_id >= reservation.vocab_size:
+            raise TransferRejectedError(f"commit.first_token_id: {commit.first_token_id} is no token of the model")
+        if commit.digest != self._digest.value(commit.first_token_id):
             raise TransferRejectedError("commit.digest: differs from what was received")
         with reservation.lock:
             self._check_current(reservation)
@@ -190,6 +198,6 @@ class IncomingTransfer:
 
     def _check_current(self, reservation: Reservation) -> None:
         if reservation.closed:
-            raise TransferRejectedError("the request has ended")
+            raise RequestEndedError("the request has ended")
         if reservation.attempt != self._attempt:
             raise TransferRejectedError(f"attempt {self._attempt} was replaced by {reservation.attempt}")

@@ -232,7 +232,7 @@ class KvSender:
             first_token_id=outgoing.first_token_id,
             num_frames=report.frames,
             payload_bytes=report.payload_bytes,
-            digest=digest.value(),
+            digest=digest.value(outgoing.first_token_id),
         )
         await call.write(encode_message(commit))
         await call.done_writing()

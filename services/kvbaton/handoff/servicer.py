@@ -7,7 +7,7 @@ import grpc
 
 from kvbaton.engine.errors import TransferRejectedError
 from kvbaton.handoff.codec import Frame, Message, WireError, decode_message
-from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters
+from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, RequestEndedError
 from kvbaton.v1 import kv_transfer_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,9 @@ class KvTransferServicer:
                 if answer is not None:
                     await context.write(answer)
         except TransferRejectedError as error:
-            self._counters.transfers_rejected += 1
-            logger.warning("KV transfer from %s rejected: %s", context.peer(), error)
+            if not isinstance(error, RequestEndedError):
+                self._counters.transfers_rejected += 1
+                logger.warning("KV transfer from %s rejected: %s", context.peer(), error)
             await context.write(pb.TransferResponse(rejected=pb.KvRejected(reason=str(error))))
 
 

@@ -25,14 +25,17 @@ def fingerprint_problem(ours: types.ModelFingerprint, theirs: types.ModelFingerp
     for field in ("architecture", "weights_digest", "kv_dtype"):
         mine, other = getattr(ours, field), getattr(theirs, field)
         if mine != other:
-            return f"fingerprint.{field}: sender has {other!r}, receiver {mine!r}"
+            return f"fingerprint.{field}: sender has {_shown(other)}, receiver {mine!r}"
     return None
 
 
 def geometry_problem(ours: KvGeometry, theirs: types.KvGeometry) -> str | None:
     """Where a sender's geometry differs from ours; None when it is the same."""
     if theirs.dtype != ours.dtype:
-        return f"geometry.dtype: sender has {theirs.dtype!r}, receiver {ours.dtype!r}"
+        return f"geometry.dtype: sender has {_shown(theirs.dtype)}, receiver {ours.dtype!r}"
+    num_groups = len(ours.groups())
+    if len(theirs.layer_groups) != num_groups:
+        return f"geometry.layer_groups: sender has {len(theirs.layer_groups)} groups, receiver {num_groups}"
     groups = [
         (group.num_layers, LayerGeometry(group.num_kv_heads, group.k_head_dim, group.v_head_dim))
         for group in theirs.layer_groups
@@ -40,3 +43,8 @@ def geometry_problem(ours: KvGeometry, theirs: types.KvGeometry) -> str | None:
     if groups != ours.groups():
         return f"geometry.layer_groups: sender has {groups}, receiver {ours.groups()}"
     return None
+
+
+def _shown(value: str) -> str:
+    # A peer's text goes into a log line; its length must not be the peer's to choose.
+    return repr(value[:100])

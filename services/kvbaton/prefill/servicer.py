@@ -14,7 +14,7 @@ import grpc
 from kvbaton.engine.errors import InvalidArgumentError
 from kvbaton.engine.request import Request, Route
 from kvbaton.engine.scheduler import Batch, TokenSampled
-from kvbaton.engine.tokens import unpack_token_ids
+from kvbaton.engine.tokens import check_token_ids, unpack_token_ids
 from kvbaton.handoff.peers import PeerChannels
 from kvbaton.handoff.receiver import TICKET_BYTES
 from kvbaton.handoff.sender import KvSender, OutgoingTransfer, Target, TransferReport
@@ -87,6 +87,7 @@ class PrefillServicer(PrefillServiceServicer):
     ) -> None:
         """See the proto."""
         prompt = unpack_token_ids(request.prompt_token_ids, "prompt_token_ids")
+        check_token_ids(prompt, self._runtime.model.vocab_size, "prompt_token_ids")
         sampling = complete_sampling_from_proto(request.sampling)
         target = _target(request.target, len(prompt))
         transfer = OutgoingTransfer(self._runtime.store.geometry, target.tokens)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvbaton.engine.errors import InvalidArgumentError
 from kvbaton.engine.sampling import MAX_SEED, SamplingParams
-from kvbaton.engine.tokens import unpack_token_ids
+from kvbaton.engine.tokens import check_token_ids, unpack_token_ids
 from kvbaton.rpc.sampling import sampling_from_proto
 from kvbaton.text.tokenizer import Tokenizer
 from kvbaton.v1 import inference_pb2 as pb
@@ -60,9 +60,24 @@ def check_prompt(prompt: Sequence[int], model: types.ModelInfo) -> None:
     """Raises InvalidArgumentError for an empty prompt or a token that the model does not have."""
     if not prompt:
         raise InvalidArgumentError("prompt", "is empty")
-    largest = max(prompt)
-    if largest >= model.vocab_size:
-        raise InvalidArgumentError("prompt.tokens", f"token id {largest} is not below {model.vocab_size}")
+    check_token_ids(prompt, model.vocab_size, "prompt.tokens")
+
+
+def check_prompt_size(prompt: pb.Prompt, tokenizer: Tokenizer | None, max_model_len: int) -> None:
+    """Refuse, before it costs anything, a prompt that cannot fit the context whatever its tokens are.
+
+    Tokenizing megabytes takes seconds, and other requests wait behind it. Raises InvalidArgumentError.
+    """
+    kind = prompt.WhichOneof("kind")
+    if kind == "tokens":
+        size, most, unit = len(prompt.tokens.token_ids) // 4, max_model_len, "tokens"
+    elif tokenizer is not None and kind is not None:
+        contents = [message.content for message in prompt.chat.messages] if kind == "chat" else [prompt.text]
+        size, most, unit = sum(map(len, contents)), tokenizer.max_chars(max_model_len), "characters"
+    else:
+        return
+    if size > most:
+        raise InvalidArgumentError("prompt", f"{size} {unit} exceed the model's context of {max_model_len} tokens")
 
 
 def prompt_token_ids(prompt: pb.Prompt, tokenizer: Tokenizer | None) -> list[int]:

@@ -105,7 +105,7 @@ class Registry:
         problem = self._contradiction(worker, status)
         if problem and not self._was_ready:
             raise StartupError(problem)
-        worker.problem = problem or ("draining" if status.draining else "")
+        worker.problem = self._problem(worker, status)
         if newly:
             level = logging.ERROR if problem else logging.INFO
             logger.log(level, "%s worker %s %s", _ROLE_NAMES[worker.role], worker.address, problem or "connected")
@@ -117,13 +117,21 @@ class Registry:
             logger.warning("%s worker %s lost: %s", _ROLE_NAMES[worker.role], worker.address, reason)
         worker.connected = False
         worker.problem = f"not connected: {reason}"
+        for other in self.workers:
+            # Whoever contradicted the one that has gone may be right now.
+            if other.connected and other.status is not None and not other.usable:
+                other.problem = self._problem(other, other.status)
         self._check_readiness()
+
+    def _problem(self, worker: Worker, status: pb.WorkerStatus) -> str:
+        return self._contradiction(worker, status) or ("draining" if status.draining else "")
 
     def _contradiction(self, worker: Worker, status: pb.WorkerStatus) -> str:
         if status.role != worker.role:
             wanted = _ROLE_NAMES[worker.role]
             return f"--{wanted} {worker.address}: is a {_ROLE_NAMES.get(status.role, 'nameless')} worker"
-        if self.model is None:
+        if self.model is None or not any(other.usable for other in self.workers if other is not worker):
+            # The first to come, or the first after all others have gone, says what is served from now on.
             self.model = status.model
             return ""
         ours, theirs = self.model, status.model
@@ -132,6 +140,8 @@ class Registry:
             ("architecture", ours.fingerprint.architecture, theirs.fingerprint.architecture),
             ("weights", ours.fingerprint.weights_digest, theirs.fingerprint.weights_digest),
             ("KV dtype", ours.fingerprint.kv_dtype, theirs.fingerprint.kv_dtype),
+            ("context", ours.max_model_len, theirs.max_model_len),
+            ("vocabulary", ours.vocab_size, theirs.vocab_size),
         ):
             if mine != other:
                 return f"{worker.address} serves {what} {other!r}, the other workers {mine!r}"

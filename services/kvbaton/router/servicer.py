@@ -11,7 +11,14 @@ from opentelemetry.trace import Span
 
 from kvbaton.engine.errors import OverloadedError, UnavailableError
 from kvbaton.engine.tokens import pack_token_ids
-from kvbaton.router.admission import AdmittedRequest, admit, check_model, check_prompt, prompt_token_ids
+from kvbaton.router.admission import (
+    AdmittedRequest,
+    admit,
+    check_model,
+    check_prompt,
+    check_prompt_size,
+    prompt_token_ids,
+)
 from kvbaton.router.config import RouterConfig
 from kvbaton.router.dispatch import Dispatch
 from kvbaton.router.registry import Registry
@@ -96,7 +103,7 @@ class InferenceServicer(InferenceServiceServicer):
         """See the proto."""
         model = self._model()
         check_model(request.model, model)
-        prompt = await self._tokenize(request.prompt)
+        prompt = await self._tokenize(request.prompt, model)
         check_prompt(prompt, model)
         return pb.TokenizeResponse(token_ids=pack_token_ids(prompt))
 
@@ -118,7 +125,7 @@ class InferenceServicer(InferenceServiceServicer):
         relay = _Relay(context.write, span, timings)
         model = self._model()
         check_model(request.model, model)
-        prompt = await self._tokenize(request.prompt)
+        prompt = await self._tokenize(request.prompt, model)
         admitted = admit(request, prompt, model, self._config.default_max_tokens)
         # A write that a failing leg cancels must not be the one that carries the headers: gRPC could then send no
         # status any more, and the client would wait for ever.
@@ -152,7 +159,8 @@ class InferenceServicer(InferenceServiceServicer):
             raise UnavailableError("no worker has connected yet")
         return self._registry.model
 
-    async def _tokenize(self, prompt: pb.Prompt) -> Sequence[int]:
+    async def _tokenize(self, prompt: pb.Prompt, model: types_pb2.ModelInfo) -> Sequence[int]:
+        check_prompt_size(prompt, self._tokenizer, model.max_model_len)
         if prompt.WhichOneof("kind") == "tokens":
             return prompt_token_ids(prompt, None)
         loop = asyncio.get_running_loop()

@@ -11,6 +11,8 @@ from kvbaton.engine.errors import InvalidArgumentError, StartupError
 
 logger = logging.getLogger(__name__)
 
+_MAX_TOKEN_CHARS = 32
+
 REPLACEMENT = "\ufffd"
 """What a decoder puts out for bytes that are no character, or not yet one."""
 
@@ -21,6 +23,13 @@ class Tokenizer:
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer` is a `transformers` PreTrainedTokenizerBase."""
         self._tokenizer = tokenizer
+        longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
+        # Some vocabularies have tokens of a hundred blanks, which would make the bound useless.
+        self._max_token_chars = min(longest, _MAX_TOKEN_CHARS)
+
+    def max_chars(self, num_tokens: int) -> int:
+        """Characters that `num_tokens` tokens stand for at the most: longer text need not be encoded to be refused."""
+        return num_tokens * self._max_token_chars
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a plain prompt, with the special tokens that the model expects around it."""

@@ -25,7 +25,7 @@ _MAX_COMMANDS = 8192
 
 
 class EngineFailedError(Exception):
-    """The forward pass raised; the request it was for ends with INTERNAL."""
+    """The forward pass, or the engine itself, raised; the requests it was for end with INTERNAL."""
 
 
 @dataclass(slots=True)
@@ -74,6 +74,14 @@ class RequestHandle:
 
 
 @dataclass(frozen=True, slots=True)
+class _Command:
+    """What the engine's thread is to do between two steps, and what to do instead when the engine has failed."""
+
+    run: Callable[[], None]
+    refuse: Callable[[Exception], object]
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The engine's state between two steps."""
 
@@ -91,7 +99,9 @@ class EngineThread:
         """`loop` is where the handles live."""
         self._engine = engine
         self._loop = loop
-        self._commands: queue.Queue[Callable[[], None]] = queue.Queue(_MAX_COMMANDS)
+        # Bounded by `_send`; removals alone are always taken, since clean-up must neither wait nor fail.
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._failure: EngineFailedError | None = None
         self._handles: dict[str, RequestHandle] = {}
         self._num_finished = self._num_cancelled = 0
         self._running = True
@@ -102,7 +112,7 @@ class EngineThread:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._commands.put(self._stop)
+        self._commands.put(_Command(self._stop, lambda _: self._stop()))
         self._thread.join()
 
     def submit(self, handle: RequestHandle, prompt: Sequence[int], sampling: SamplingParams, route: Route) -> None:
@@ -116,7 +126,7 @@ class EngineThread:
             else:
                 self._handles[handle.request_id] = handle
 
-        self._send(add)
+        self._send(add, lambda failure: self._loop.call_soon_threadsafe(handle.deliver, failure))
 
     def kv_received(self, request_id: str, first_token_id: int) -> None:
         """A request's KV is in place; any thread may call. Nothing happens if the request has gone."""
@@ -126,7 +136,7 @@ class EngineThread:
                 event = self._engine.scheduler.kv_received(request_id, first_token_id, wall_seconds())
                 self._dispatch(StepResult([], [event]))
 
-        self._send(start)
+        self._send(start, _ignore)
 
     def remove(self, handle: RequestHandle, *, finished: bool) -> None:
         """End a request between two steps and free its blocks; an ended one is left as it is.
@@ -144,7 +154,7 @@ class EngineThread:
             else:
                 self._num_cancelled += 1
 
-        self._commands.put(remove)
+        self._commands.put(_Command(remove, _ignore))
 
     async def snapshot(self, *, check: bool = False) -> Snapshot:
         """The engine's state as of the next moment between two steps.
@@ -171,19 +181,40 @@ class EngineThread:
                 )
             )
 
-        self._send(take)
+        self._send(take, result.set_exception)
         return await asyncio.wrap_future(result)
 
-    def _send(self, command: Callable[[], None]) -> None:
-        try:
-            self._commands.put_nowait(command)
-        except queue.Full:
-            raise OverloadedError(f"{_MAX_COMMANDS} commands wait for the engine") from None
+    def _send(self, run: Callable[[], None], refuse: Callable[[Exception], object]) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._commands.qsize() >= _MAX_COMMANDS:
+            raise OverloadedError(f"{_MAX_COMMANDS} commands wait for the engine")
+        self._commands.put(_Command(run, refuse))
 
     def _stop(self) -> None:
         self._running = False
 
     def _main(self) -> None:
+        try:
+            self._run()
+        except Exception:
+            # Nothing of the engine can be trusted now. Whoever waits is told, and status streams end with an error, so
+            # that routers leave this worker alone.
+            logger.exception("the engine has failed; this worker serves nothing any more")
+            self._failure = EngineFailedError("the engine has failed")
+            ended: list[tuple[RequestHandle, Request | TokenSampled | Exception]] = [
+                (handle, self._failure) for handle in self._handles.values()
+            ]
+            self._loop.call_soon_threadsafe(_deliver, ended)
+            self._refuse_commands()
+
+    def _refuse_commands(self) -> None:
+        """Take what still comes, until the end, so that nobody waits for an answer."""
+        assert self._failure is not None
+        while self._running:
+            self._commands.get().refuse(self._failure)
+
+    def _run(self) -> None:
         busy = False
         while self._running:
             self._run_commands(wait=not busy)
@@ -195,7 +226,7 @@ class EngineThread:
         try:
             command = self._commands.get(block=wait)
             while True:
-                command()
+                command.run()
                 command = self._commands.get_nowait()
         except queue.Empty:
             pass
@@ -215,6 +246,10 @@ class EngineThread:
             events += [(self._handles.pop(request.request_id), failure) for request in result.failed]
         if events:
             self._loop.call_soon_threadsafe(_deliver, events)
+
+
+def _ignore(_: Exception) -> None:
+    """For commands whose caller hears of a failure in another way."""
 
 
 def _deliver(events: "list[tuple[RequestHandle, Request | TokenSampled | Exception]]") -> None:

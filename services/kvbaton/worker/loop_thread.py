@@ -5,7 +5,7 @@ import contextvars
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -65,7 +65,9 @@ class LoopThread:
                 await asyncio.wait([waiter])
             except asyncio.CancelledError as error:
                 cancelled = error
-                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+                # A loop that has ended has ended the work too.
+                with suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
         if cancelled is not None:
             waiter.exception()
             raise cancelled
