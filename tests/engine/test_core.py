@@ -132,3 +132,15 @@ def test_a_failure_that_is_no_exception_goes_through() -> None:
     runner.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         engine.step(ticking())
+
+
+def test_a_failed_prompt_keeps_its_blocks_while_a_transfer_may_read_them() -> None:
+    engine, runner = make()
+    request = add(engine, "a", 6, route=Route.HAND_OFF)
+    runner.error = RuntimeError("out of memory")
+    assert engine.step(ticking()).failed == [request]
+    assert request.blocks
+    assert not engine.step(ticking()).worked, "it is not tried again"
+    engine.scheduler.check_integrity()
+    engine.scheduler.remove("a", 0.0)
+    assert engine.scheduler.pool.num_free == 8

@@ -65,7 +65,7 @@ class Engine:
         except Exception as error:
             failed = [piece.request for piece in batch.slices]
             for request in failed:
-                self.scheduler.remove(request.request_id, clock())
+                self.scheduler.fail(request.request_id, clock())
             return StepResult(admitted, [], failed, error, worked=True)
         sampled = self.scheduler.commit(batch, token_ids, clock())
         self.counters.num_steps += 1

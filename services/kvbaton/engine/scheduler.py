@@ -196,6 +196,15 @@ class Scheduler:
             self._finish(request, now)
         return request
 
+    def fail(self, request_id: str, now: float) -> None:
+        """A request's step failed: it computes no more. Its blocks stay with it while a transfer may read from them."""
+        request = self._requests[request_id]
+        if request.route is Route.HAND_OFF:
+            del self._prefilling[request_id]
+            request.move_to(Phase.HANDING_OFF)
+        else:
+            self._finish(request, now)
+
     def counts(self) -> Counts:
         """How many requests stand in each phase."""
         counts = Counts()

@@ -243,7 +243,7 @@ class EngineThread:
         if result.error is not None:
             logger.error("the forward pass failed for %d requests", len(result.failed), exc_info=result.error)
             failure = EngineFailedError("the forward pass failed")
-            events += [(self._handles.pop(request.request_id), failure) for request in result.failed]
+            events += [(self._handles[request.request_id], failure) for request in result.failed]
         if events:
             self._loop.call_soon_threadsafe(_deliver, events)
 
