@@ -143,6 +143,52 @@ def test_wrong_flags_are_errors(prefill: Command, arguments: list[str], problem:
     assert prefill.seen is None
 
 
+@pytest.mark.parametrize(
+    ("service", "flag", "bad", "good"),
+    [
+        ("prefill", "--grace-seconds", ["nan", "inf", "-1"], "0"),
+        ("router", "--grace-seconds", ["nan"], "2.5"),
+        ("up", "--grace-seconds", ["nan"], "0"),
+        ("decode", "--max-waiting", ["0"], "1"),
+        ("router", "--max-in-flight", ["0"], "1"),
+        ("router", "--default-max-tokens", ["0", "2147483648"], "2147483647"),
+        ("prefill", "--threads", ["0", "99999999999"], "1"),
+        ("decode", "--block-size", ["0", "4097"], "4096"),
+        ("prefill", "--max-prefill-tokens", ["0"], "1"),
+        ("decode", "--max-decode-seqs", ["0"], "1"),
+        ("prefill", "--port", ["-1", "65536"], "65535"),
+        ("decode", "--kv-port", ["-1", "65536"], "0"),
+        ("router", "--port", ["65536"], "0"),
+        ("up", "--port", ["65536"], "0"),
+        ("up", "--prefill", ["0"], "2"),
+        ("up", "--decode", ["0"], "2"),
+        ("up", "--max-decode-seqs", ["0"], "1"),
+        ("up", "--max-prefill-tokens", ["0"], "1"),
+        ("up", "--threads", ["0"], "1"),
+        ("up", "--block-size", ["4097"], "1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_an_error(service: str, flag: str, bad: list[str], good: str) -> None:
+    command = Command(service, CONFIGS[service])
+    for value in bad:
+        result = command(f"{flag}={value}")
+        assert result.exit_code == 2, value
+        assert result.output.splitlines()[-1].startswith(f"Error: Invalid value for '{flag}'"), result.output
+        assert value in result.output
+    assert command.seen is None
+    assert command(f"{flag}={good}").exit_code == 0
+
+
+def test_ranges_hold_for_files_and_the_environment_and_are_in_the_help(
+    prefill: Command, toml: Callable[[str], str]
+) -> None:
+    assert "'--threads'" in prefill("--config", toml("threads = 0")).output
+    assert "'--grace-seconds'" in prefill("--config", toml("grace_seconds = nan")).output
+    assert "'--block-size'" in prefill(KVBATON_PREFILL_BLOCK_SIZE="0").output
+    assert "1<=x<=4096" in prefill("--help").output
+    assert prefill.seen is None
+
+
 def test_a_wrong_value_in_the_environment_is_an_error(prefill: Command) -> None:
     result = prefill(KVBATON_PREFILL_PORT="many")
     assert result.exit_code == 2

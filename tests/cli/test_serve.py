@@ -74,7 +74,7 @@ def test_any_other_error_keeps_its_traceback(error: Exception) -> None:
     async def serve(*_: Any) -> None:
         raise error
 
-    with pytest.raises(type(error), match="a bug"):
+    with pytest.RaisesGroup(pytest.RaisesExc(type(error), match="a bug")):
         run_it(serve)
 
 
@@ -100,9 +100,11 @@ def test_sigterm_sets_the_stop_event_and_the_service_returns() -> None:
     ended: list[RouterConfig] = []
 
     async def serve(config: RouterConfig, stop: asyncio.Event, started: "asyncio.Future[Server]") -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        async with asyncio.timeout(10):
-            await stop.wait()
+        async with serving([], "127.0.0.1", 0, grace_seconds=0) as server:
+            started.set_result(server)
+            os.kill(os.getpid(), signal.SIGTERM)
+            async with asyncio.timeout(10):
+                await stop.wait()
         ended.append(config)
 
     run_it(serve)

@@ -288,20 +288,6 @@ async def test_cancelling_the_task_that_reads_ends_both_spans(served: Served, sp
     assert server.attributes["rpc.response.status_code"] == "CANCELLED"
 
 
-async def test_a_write_that_the_callers_end_cut_off_is_no_internal_error(
-    served: Served, spans: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def cut_off(request: bytes, context: Context) -> None:
-        raise grpc.aio.InternalError("Failed grpc_call_start_batch")
-
-    async with served(unary_stream=cut_off) as opened:
-        call = opened.unary_stream(PREFIX + "unary_stream")(b"")
-        server = await spans.one(SpanKind.SERVER)
-        call.cancel()
-    assert server.attributes["rpc.response.status_code"] == "CANCELLED"
-    assert not [record for record in caplog.records if record.name.startswith("kvbaton")]
-
-
 async def test_a_deadline_ends_both_sides(served: Served, spans: Any) -> None:
     endless = Endless()
     async with served(unary_stream=endless.writing) as opened:

@@ -212,7 +212,7 @@ async def test_when_grpc_cannot_bind_although_the_probe_could(monkeypatch: pytes
     async def fine(host: str, port: int) -> None:
         """Somebody else takes the port after this."""
 
-    monkeypatch.setattr(module, "_probe", fine)
+    monkeypatch.setattr(module, "probe", fine)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}"):
@@ -246,6 +246,14 @@ def test_every_channel_argument_is_one_that_grpc_knows() -> None:
         binary = library.read()
     for name, _ in (*module._CHANNEL_OPTIONS, *module._SERVER_OPTIONS):
         assert name.encode() + b"\0" in binary, name
+
+
+@pytest.mark.parametrize("options", [module._CHANNEL_OPTIONS, module._SERVER_OPTIONS], ids=["channel", "server"])
+def test_a_silent_peer_is_given_up_after_thirty_seconds_on_both_sides(options: tuple[tuple[str, int], ...]) -> None:
+    values = dict(options)
+    # A ping that is late by either of the two timeouts waits for the longer one.
+    waits = [values["grpc.keepalive_timeout_ms"], values["grpc.http2.ping_timeout_ms"]]
+    assert values["grpc.keepalive_time_ms"] + max(waits) == 30_000
 
 
 async def test_client_spans_name_a_target_that_is_no_address(spans: Any) -> None:

@@ -4,16 +4,20 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from kvbaton.cli.health import wait_until_serving
 from kvbaton.engine.errors import StartupError
-from kvbaton.rpc.config import option
+from kvbaton.rpc.config import grace_option, option, port_option
+from kvbaton.rpc.serving import probe
 from kvbaton.text.bundled import DEFAULT_MODEL
 
-_MAX_LINE_BYTES = 1 << 20
+MAX_LINE_BYTES = 8192
+"""How much of a log line is shown."""
+
+_CHUNK_BYTES = 1 << 16
 
 LogLine = Callable[[str, str], None]
 """Told a process's name and one line of its log."""
@@ -24,18 +28,18 @@ class UpConfig:
     """Options of `kvbaton up`."""
 
     model: str = option(DEFAULT_MODEL, "Model: a local directory, a hub name, or the bundled baton-tiny.")
-    prefill: int = option(1, "Prefill workers.")
-    decode: int = option(1, "Decode workers.")
+    prefill: int = option(1, "Prefill workers.", minimum=1)
+    decode: int = option(1, "Decode workers.", minimum=1)
     host: str = option("127.0.0.1", "Address of the router.")
-    port: int = option(7000, "Port of the router; 0 takes a free one.")
+    port: int = port_option(7000, "Port of the router; 0 takes a free one.")
     dtype: str = option("auto", "Element type of weights and KV.", ("auto", "float32", "bfloat16"))
     device: str = option("cpu", "Where to compute: cpu, cuda or cuda:N.")
-    threads: int = option(1, "Threads of computation of each worker on a CPU.")
-    block_size: int = option(16, "Tokens in one KV block.")
+    threads: int = option(1, "Threads of computation of each worker on a CPU.", minimum=1, maximum=1024)
+    block_size: int = option(16, "Tokens in one KV block.", minimum=1, maximum=4096)
     kv_memory: str = option("1GiB", "Memory for each worker's KV pool.")
-    max_prefill_tokens: int = option(2048, "Prompt tokens a prefill worker computes in one step.")
-    max_decode_seqs: int = option(256, "Sequences a decode worker steps together.")
-    grace_seconds: float = option(10.0, "After Ctrl-C: seconds for running requests to finish.")
+    max_prefill_tokens: int = option(2048, "Prompt tokens a prefill worker computes in one step.", minimum=1)
+    max_decode_seqs: int = option(256, "Sequences a decode worker steps together.", minimum=1)
+    grace_seconds: float = grace_option("After Ctrl-C: seconds for running requests to finish.")
 
 
 @dataclass(slots=True)
@@ -85,38 +89,55 @@ async def deployed(
 ) -> AsyncIterator[Deployment]:
     """Start everything, wait until it is ready, and stop it when the block ends.
 
-    `environment` is added to this process's own. Raises StartupError when a service ends before it is ready; its log
-    lines have said why.
+    `environment` is added to this process's own. Raises StartupError when the router's address cannot be listened on,
+    or when a service ends before all of them are ready; its log lines have said why.
     """
+    # The router comes last, when the workers have loaded their models.
+    await probe(config.host, config.port)
     deployment = Deployment()
     async with asyncio.TaskGroup() as group:
+
+        async def launch(kind: str, name: str, flags: Sequence[str]) -> Process:
+            process = await _start(kind, name, flags, environment or {})
+            group.create_task(_follow(process, on_line, deployment.exits))
+            return process
+
         try:
-            worker = _flags(config, "model", "dtype", "device", "threads", "block_size", "kv_memory", "grace_seconds")
-
-            async def launch(kind: str, name: str, flags: Sequence[str]) -> Process:
-                process = await _start(kind, name, flags, environment or {})
-                group.create_task(_follow(process, on_line, deployment.exits))
-                return process
-
-            prefill_flags = [*worker, "--port=0", *_flags(config, "max_prefill_tokens")]
-            decode_flags = [*worker, "--port=0", *_flags(config, "max_decode_seqs")]
-            for number in range(1, config.prefill + 1):
-                deployment.prefill.append(await launch("prefill", f"prefill-{number}", prefill_flags))
-            for number in range(1, config.decode + 1):
-                deployment.decode.append(await launch("decode", f"decode-{number}", decode_flags))
-            for process in deployment.processes:
-                await _wait_ready(process)
-            router_flags = [
-                *_flags(config, "model", "host", "port", "grace_seconds"),
-                "--prefill=" + ",".join(p.address for p in deployment.prefill),
-                "--decode=" + ",".join(p.address for p in deployment.decode),
-            ]
-            deployment.router = await launch("router", "router", router_flags)
-            await _wait_ready(deployment.router)
-            await _wait_healthy(deployment.router)
+            async with asyncio.TaskGroup() as starting:
+                watching = starting.create_task(_fail_on_exit(deployment))
+                await _start_all(config, deployment, launch)
+                watching.cancel()
             yield deployment
         finally:
             await _stop(deployment, config.grace_seconds + 5)
+
+
+async def _start_all(
+    config: UpConfig, deployment: Deployment, launch: Callable[[str, str, Sequence[str]], Awaitable[Process]]
+) -> None:
+    """Start all workers, then the router, which is told their addresses, and return when it is healthy."""
+    worker = _flags(config, "model", "dtype", "device", "threads", "block_size", "kv_memory", "grace_seconds")
+    prefill_flags = [*worker, "--port=0", *_flags(config, "max_prefill_tokens")]
+    decode_flags = [*worker, "--port=0", *_flags(config, "max_decode_seqs")]
+    for number in range(1, config.prefill + 1):
+        deployment.prefill.append(await launch("prefill", f"prefill-{number}", prefill_flags))
+    for number in range(1, config.decode + 1):
+        deployment.decode.append(await launch("decode", f"decode-{number}", decode_flags))
+    for process in deployment.processes:
+        await _read_address(process)
+    router_flags = [
+        *_flags(config, "model", "host", "port", "grace_seconds"),
+        "--prefill=" + ",".join(p.address for p in deployment.prefill),
+        "--decode=" + ",".join(p.address for p in deployment.decode),
+    ]
+    deployment.router = await launch("router", "router", router_flags)
+    await _read_address(deployment.router)
+    await wait_until_serving(deployment.router.address)
+
+
+async def _fail_on_exit(deployment: Deployment) -> None:
+    ended = await deployment.first_exit()
+    raise StartupError(f"{ended.name} ended before the deployment was ready (exit code {ended.process.returncode})")
 
 
 def _flags(config: UpConfig, *names: str) -> list[str]:
@@ -134,7 +155,6 @@ async def _start(kind: str, name: str, flags: Sequence[str], environment: Mappin
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        limit=_MAX_LINE_BYTES,
         env={**os.environ, **environment},  # noqa: TID251
         # Ctrl-C in a terminal reaches a whole process group; here the parent decides who stops when.
         start_new_session=True,
@@ -144,31 +164,32 @@ async def _start(kind: str, name: str, flags: Sequence[str], environment: Mappin
 
 async def _follow(process: Process, on_line: LogLine, exits: "asyncio.Queue[Process]") -> None:
     assert process.process.stderr is not None
-    async for line in process.process.stderr:
-        on_line(process.name, line.decode(errors="replace").rstrip())
+    # Not by the stream's own lines: one that is longer than its buffer would end the whole deployment.
+    rest = b""
+    while chunk := await process.process.stderr.read(_CHUNK_BYTES):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            on_line(process.name, _shown(line))
+        rest = rest[: MAX_LINE_BYTES + 1]
+    if rest:
+        on_line(process.name, _shown(rest))
     await process.process.wait()
     exits.put_nowait(process)
 
 
-async def _wait_ready(process: Process) -> None:
+def _shown(line: bytes) -> str:
+    text = line[:MAX_LINE_BYTES].decode(errors="replace").rstrip()
+    return f"{text} …" if len(line) > MAX_LINE_BYTES else text
+
+
+async def _read_address(process: Process) -> None:
+    """Wait for the line by which a service says that it is ready; for ever if it ends before that."""
     assert process.process.stdout is not None
     line = await process.process.stdout.readline()
     if not line:
-        code = await process.process.wait()
-        raise StartupError(f"{process.name} did not start (exit code {code})")
+        # Whoever watches the exits says so, once the log has been shown to its end.
+        await asyncio.get_running_loop().create_future()
     process.address = line.decode().strip()
-
-
-async def _wait_healthy(router: Process) -> None:
-    async with asyncio.TaskGroup() as group:
-        watching = group.create_task(_fail_on_exit(router))
-        await wait_until_serving(router.address)
-        watching.cancel()
-
-
-async def _fail_on_exit(process: Process) -> None:
-    code = await process.process.wait()
-    raise StartupError(f"{process.name} did not become ready (exit code {code})")
 
 
 async def _stop(deployment: Deployment, patience_seconds: float) -> None:

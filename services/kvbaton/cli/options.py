@@ -1,6 +1,7 @@
 """Config classes as options: flag, then environment, then TOML file, then default; unknown ones are errors."""
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -43,7 +44,7 @@ def config_options(service: str, config: type[Any]) -> Callable[[Callable[..., A
 
 
 def build_config(config: type[C], values: Mapping[str, Any]) -> C:
-    """The config object from a command's values. Raises StartupError for a value that is out of its range."""
+    """The config object from a command's values."""
     fields = {field.name for field in dataclasses.fields(typing.cast("Any", config))}
     converted = {name: _from_click(value) for name, value in values.items() if name in fields}
     return config(**converted)
@@ -64,7 +65,7 @@ def _click_options(service: str, config: type[Any]) -> list[Callable[..., Any]]:
     for field in dataclasses.fields(config):
         default: Any = field.default
         choices = field.metadata["choices"]
-        kind: Any = click.Choice(choices) if choices else _click_type(hints[field.name])
+        kind: Any = click.Choice(choices) if choices else _click_type(hints[field.name], field.metadata)
         is_tuple = isinstance(default, tuple)
         options.append(
             click.option(
@@ -81,10 +82,23 @@ def _click_options(service: str, config: type[Any]) -> list[Callable[..., Any]]:
     return options
 
 
-def _click_type(hint: Any) -> Any:
+def _click_type(hint: Any, metadata: Mapping[str, Any]) -> Any:
     if isinstance(hint, types.GenericAlias):
         return _CommaSeparated()
-    return {str: click.STRING, int: click.INT, float: click.FLOAT}[hint]
+    if hint is str:
+        return click.STRING
+    kind = click.IntRange if hint is int else _FiniteRange
+    return kind(metadata["minimum"], metadata["maximum"])
+
+
+class _FiniteRange(click.FloatRange):
+    """A number in a range. Nan compares with nothing, so that click alone finds it in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 class _CommaSeparated(click.ParamType[tuple[str, ...]]):

@@ -64,23 +64,36 @@ def run_service(name: str, config: C, serve: "Serve[C]", supervised: bool) -> No
 async def _serve(config: C, serve: "Serve[C]", supervised: bool) -> None:
     stop = termination_event()
     started: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
-    if not supervised:
-        await serve(config, stop, started)
-        return
     async with asyncio.TaskGroup() as group:
-        watching = group.create_task(_follow_supervisor(started, stop))
+        watching = [group.create_task(_leave_while_loading(stop, started))]
+        if supervised:
+            watching.append(group.create_task(_announce(started)))
+            watching.append(group.create_task(_end_with_supervisor(stop)))
         await serve(config, stop, started)
-        watching.cancel()
+        for task in watching:
+            task.cancel()
 
 
-async def _follow_supervisor(started: "asyncio.Future[Server]", stop: asyncio.Event) -> None:
+async def _leave_while_loading(stop: asyncio.Event, started: "asyncio.Future[Server]") -> None:
+    await stop.wait()
+    if not started.done():
+        # The thread that loads a model cannot be interrupted, the interpreter's end would wait for it, and nobody has
+        # been served yet who could lose anything.
+        logging.shutdown()
+        os._exit(0)
+
+
+async def _announce(started: "asyncio.Future[Server]") -> None:
+    server = await started
+    sys.stdout.write(f"{server.address}\n")
+    sys.stdout.flush()
+
+
+async def _end_with_supervisor(stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     try:
-        server = await started
-        sys.stdout.write(f"{server.address}\n")
-        sys.stdout.flush()
         await reader.read()
         stop.set()
     finally:

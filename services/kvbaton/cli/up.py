@@ -7,7 +7,6 @@ from rich.table import Table
 from rich.text import Text
 
 from kvbaton.cli.deployment import Deployment, UpConfig, deployed
-from kvbaton.engine.errors import StartupError
 from kvbaton.rpc.errors import root_cause
 from kvbaton.rpc.serving import run, termination_event
 
@@ -19,8 +18,6 @@ def run_up(config: UpConfig) -> int:
 
     Raises StartupError when something cannot start.
     """
-    if config.prefill < 1 or config.decode < 1:
-        raise StartupError("--prefill and --decode must be 1 or more")
     try:
         return run(_up(config, Console(stderr=True)))
     except BaseExceptionGroup as error:

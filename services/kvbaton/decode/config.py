@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvbaton.rpc.config import option
+from kvbaton.rpc.config import option, port_option
 from kvbaton.worker.config import WorkerConfig
 
 
@@ -10,7 +10,7 @@ from kvbaton.worker.config import WorkerConfig
 class DecodeConfig(WorkerConfig):
     """Options of `kvbaton decode`."""
 
-    port: int = option(7200, "Port for routers; 0 takes a free one.")
-    kv_port: int = option(0, "Port where prefill workers deliver KV; 0 takes a free one.")
+    port: int = port_option(7200, "Port for routers; 0 takes a free one.")
+    kv_port: int = port_option(0, "Port where prefill workers deliver KV; 0 takes a free one.")
     kv_endpoint: str = option("", "host:port at which prefill workers reach --kv-port, where it differs.")
-    max_decode_seqs: int = option(256, "Sequences that decode together in one step.")
+    max_decode_seqs: int = option(256, "Sequences that decode together in one step.", minimum=1)

@@ -5,14 +5,14 @@ import logging
 
 from kvbaton.decode.config import DecodeConfig
 from kvbaton.decode.servicer import DecodeServicer
-from kvbaton.engine.errors import InvalidArgumentError, StartupError
+from kvbaton.engine.errors import StartupError
 from kvbaton.engine.scheduler import Limits
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, TicketBook
 from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
-from kvbaton.rpc.serving import Registration, Server, new_event_loop, parse_address, serving
+from kvbaton.rpc.serving import Registration, Server, check_peer, new_event_loop, probe, serving
 from kvbaton.v1 import worker_pb2
 from kvbaton.worker.loop_thread import LoopThread, entered_on
-from kvbaton.worker.runtime import build_runtime
+from kvbaton.worker.runtime import load_runtime
 from kvbaton.worker.status import WorkerServicer
 
 logger = logging.getLogger(__name__)
@@ -23,15 +23,14 @@ async def serve_decode(config: DecodeConfig, stop: asyncio.Event, started: "asyn
 
     Raises StartupError when the worker cannot start.
     """
-    if config.max_decode_seqs < 1:
-        raise StartupError(f"--max-decode-seqs: {config.max_decode_seqs} is not 1 or more")
     if config.kv_endpoint:
-        try:
-            parse_address(config.kv_endpoint)
-        except InvalidArgumentError as error:
-            raise StartupError(f"--kv-endpoint: {error}") from error
+        check_peer("kv-endpoint", config.kv_endpoint)
+    if config.kv_port == config.port != 0:
+        raise StartupError(f"--kv-port: {config.kv_port} is --port already")
+    for port in (config.port, config.kv_port):
+        await probe(config.host, port)
     limits = Limits(max_prefill_tokens=0, max_decode_seqs=config.max_decode_seqs, max_waiting=config.max_waiting)
-    runtime = build_runtime(config, limits, None)
+    runtime = await load_runtime(config, limits, None)
     book, counters = TicketBook(), ReceiverCounters()
     receiver = KvTransferServicer(
         lambda: IncomingTransfer(book, runtime.store, runtime.model.fingerprint, counters), counters

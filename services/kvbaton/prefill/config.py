@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvbaton.rpc.config import option
+from kvbaton.rpc.config import option, port_option
 from kvbaton.worker.config import WorkerConfig
 
 
@@ -10,5 +10,7 @@ from kvbaton.worker.config import WorkerConfig
 class PrefillConfig(WorkerConfig):
     """Options of `kvbaton prefill`."""
 
-    port: int = option(7100, "Port for routers; 0 takes a free one.")
-    max_prefill_tokens: int = option(2048, "Prompt tokens computed in one step; longer prompts go in chunks.")
+    port: int = port_option(7100, "Port for routers; 0 takes a free one.")
+    max_prefill_tokens: int = option(
+        2048, "Prompt tokens computed in one step; longer prompts go in chunks.", minimum=1
+    )

@@ -3,16 +3,15 @@
 import asyncio
 import logging
 
-from kvbaton.engine.errors import StartupError
 from kvbaton.engine.scheduler import Limits
 from kvbaton.handoff.peers import PeerChannels
 from kvbaton.handoff.sender import KvSender, SenderCounters
 from kvbaton.prefill.config import PrefillConfig
 from kvbaton.prefill.servicer import OutgoingTransfers, PrefillServicer
-from kvbaton.rpc.serving import Server, channel, new_event_loop, serving
+from kvbaton.rpc.serving import Server, channel, new_event_loop, probe, serving
 from kvbaton.v1 import worker_pb2
 from kvbaton.worker.loop_thread import LoopThread
-from kvbaton.worker.runtime import build_runtime
+from kvbaton.worker.runtime import load_runtime
 from kvbaton.worker.status import WorkerServicer
 
 logger = logging.getLogger(__name__)
@@ -23,11 +22,10 @@ async def serve_prefill(config: PrefillConfig, stop: asyncio.Event, started: "as
 
     Raises StartupError when the worker cannot start.
     """
-    if config.max_prefill_tokens < 1:
-        raise StartupError(f"--max-prefill-tokens: {config.max_prefill_tokens} is not 1 or more")
+    await probe(config.host, config.port)
     limits = Limits(max_prefill_tokens=config.max_prefill_tokens, max_decode_seqs=0, max_waiting=config.max_waiting)
     transfers, counters = OutgoingTransfers(), SenderCounters()
-    runtime = build_runtime(config, limits, transfers.layer_done)
+    runtime = await load_runtime(config, limits, transfers.layer_done)
     sender = KvSender(runtime.store, runtime.model.fingerprint, runtime.host, counters)
     peers = PeerChannels(channel)
     async with LoopThread("kv", new_event_loop) as kv_thread:

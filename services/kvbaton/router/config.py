@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvbaton.rpc.config import option
+from kvbaton.rpc.config import grace_option, option, port_option
 from kvbaton.text.bundled import DEFAULT_MODEL
 
 
@@ -14,7 +14,9 @@ class RouterConfig:
     prefill: tuple[str, ...] = option((), "Prefill workers, as host:port, separated by commas.")
     decode: tuple[str, ...] = option((), "Decode workers, as host:port, separated by commas.")
     host: str = option("127.0.0.1", "Address to listen on.")
-    port: int = option(7000, "Port for clients; 0 takes a free one.")
-    default_max_tokens: int = option(512, "max_tokens of requests that name none; the context's end comes first.")
-    max_in_flight: int = option(2048, "Requests in flight before new ones are refused.")
-    grace_seconds: float = option(10.0, "After SIGTERM: seconds for running requests to finish.")
+    port: int = port_option(7000, "Port for clients; 0 takes a free one.")
+    default_max_tokens: int = option(
+        512, "max_tokens of requests that name none; the context's end comes first.", minimum=1, maximum=2**31 - 1
+    )
+    max_in_flight: int = option(2048, "Requests in flight before new ones are refused.", minimum=1)
+    grace_seconds: float = grace_option("After SIGTERM: seconds for running requests to finish.")

@@ -4,11 +4,11 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from kvbaton.engine.errors import InvalidArgumentError, StartupError
+from kvbaton.engine.errors import StartupError
 from kvbaton.router.config import RouterConfig
 from kvbaton.router.registry import DECODE, PREFILL, Registry, Worker
 from kvbaton.router.servicer import AdminServicer, InferenceServicer
-from kvbaton.rpc.serving import Server, channel, parse_address, serving
+from kvbaton.rpc.serving import Server, channel, check_peer, probe, serving
 from kvbaton.text.bundled import resolve_model
 from kvbaton.text.tokenizer import load_tokenizer
 from kvbaton.v1.worker_pb2 import WorkerRole
@@ -22,7 +22,9 @@ async def serve_router(config: RouterConfig, stop: asyncio.Event, started: "asyn
     Health says SERVING while there is a usable pair of workers. Raises StartupError when the router cannot start, or
     when its workers turn out to contradict each other before it was ever ready.
     """
-    workers = _workers(config.prefill, PREFILL, "prefill") + _workers(config.decode, DECODE, "decode")
+    _check(config)
+    await probe(config.host, config.port)
+    workers = _workers(config.prefill, PREFILL) + _workers(config.decode, DECODE)
     readiness = asyncio.Event()
     registry = Registry(workers, on_readiness=lambda _: readiness.set())
     tokenizer = load_tokenizer(resolve_model(config.model))
@@ -55,14 +57,18 @@ async def _announce(server: Server, registry: Registry, changed: asyncio.Event) 
             logger.warning("router not ready: no usable pair of workers")
 
 
-def _workers(addresses: Sequence[str], role: WorkerRole, option: str) -> list[Worker]:
-    if not addresses:
-        raise StartupError(f"--{option}: name at least one worker, as host:port")
-    if len(set(addresses)) != len(addresses):
-        raise StartupError(f"--{option}: a worker is named twice")
-    for address in addresses:
-        try:
-            parse_address(address)
-        except InvalidArgumentError as error:
-            raise StartupError(f"--{option}: {error}") from error
+def _check(config: RouterConfig) -> None:
+    for option, addresses in (("prefill", config.prefill), ("decode", config.decode)):
+        if not addresses:
+            raise StartupError(f"--{option}: name at least one worker, as host:port")
+        if len(set(addresses)) != len(addresses):
+            raise StartupError(f"--{option}: a worker is named twice")
+        for address in addresses:
+            check_peer(option, address)
+    both = sorted(set(config.prefill) & set(config.decode))
+    if both:
+        raise StartupError(f"--prefill and --decode: {', '.join(both)} cannot be both")
+
+
+def _workers(addresses: Sequence[str], role: WorkerRole) -> list[Worker]:
     return [Worker(address, role, channel(address)) for address in addresses]

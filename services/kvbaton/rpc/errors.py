@@ -120,20 +120,21 @@ def root_cause(error: BaseException) -> BaseException:
     That is the first `KvbatonError` in it, else the first leaf that is not a cancellation, else the first
     leaf. An exception that is no group is returned as it is.
     """
-    leaves = list(_leaves(error))
-    for leaf in leaves:
+    found = list(leaves(error))
+    for leaf in found:
         if isinstance(leaf, KvbatonError):
             return leaf
-    for leaf in leaves:
+    for leaf in found:
         if not isinstance(leaf, asyncio.CancelledError):
             return leaf
-    return leaves[0]
+    return found[0]
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Return the exceptions in a nest of groups; the exception itself where it is no group."""
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
-            yield from _leaves(inner)
+            yield from leaves(inner)
     else:
         yield error
 

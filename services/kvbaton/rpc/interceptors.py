@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Never
 
 import grpc
+from google.protobuf.message import DecodeError
 from opentelemetry import context as otel_context
-from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace import INVALID_SPAN, SpanKind, Status, StatusCode
 
-from kvbaton.rpc.errors import to_rpc_status
+from kvbaton.engine.errors import InvalidArgumentError
+from kvbaton.rpc.errors import leaves, to_rpc_status
 from kvbaton.rpc.telemetry import context_with, extract_context, inject_metadata, start_span
 
 if TYPE_CHECKING:
@@ -53,8 +56,9 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
     """Gives each RPC a SERVER span that is current in its handler, and ends it by the error table.
 
     Handlers are coroutines, or asynchronous generators, which are run inside the RPC's own task, so that a
-    client's cancel reaches them as `asyncio.CancelledError`. Synchronous handlers, health and reflection
-    pass untouched.
+    client's cancel reaches them as `asyncio.CancelledError`. A request that cannot be parsed is the caller's
+    mistake and never reaches the handler. Synchronous handlers pass untouched; health and reflection get no
+    span.
     """
 
     async def intercept_service(
@@ -65,8 +69,8 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         """Wrap the handler of one RPC."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method.startswith(_UNTRACED):
-            return handler
+        if handler is None:
+            return None
         behaviour = _behaviour(handler)
         if not (inspect.iscoroutinefunction(behaviour) or inspect.isasyncgenfunction(behaviour)):
             return handler
@@ -83,7 +87,9 @@ class _ServedRpc:
 
     def __init__(self, method: str, parent: Context, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self.context = context
-        self._span = start_span(method[1:], _rpc_attributes(method), SpanKind.SERVER, parent)
+        self._span: Span = INVALID_SPAN
+        if not method.startswith(_UNTRACED):
+            self._span = start_span(method[1:], _rpc_attributes(method), SpanKind.SERVER, parent)
         self.trace_context = context_with(self._span, parent)
 
     def end(self, code: grpc.StatusCode, message: str = "") -> None:
@@ -105,11 +111,11 @@ async def _serve(rpc: _ServedRpc, behaviour: Callable[..., Any], request: Any) -
     except grpc.aio.AbortError:
         rpc.end(_set_code(rpc.context), rpc.context.details() or "")
         raise
-    except grpc.aio.InternalError:
-        # A read or a write failed because the call has gone; the cancellation was on its way.
-        rpc.end(grpc.StatusCode.CANCELLED)
-        raise
     except (Exception, BaseExceptionGroup) as error:
+        if _is_lost_call(error, rpc.context):
+            # The cancellation was on its way, and nobody is left to be told.
+            rpc.end(grpc.StatusCode.CANCELLED)
+            raise asyncio.CancelledError from error
         await _fail(rpc, error)
     else:
         rpc.end(_set_code(rpc.context))
@@ -118,7 +124,23 @@ async def _serve(rpc: _ServedRpc, behaviour: Callable[..., Any], request: Any) -
         otel_context.detach(token)
 
 
+def _is_lost_call(error: BaseException, context: grpc.aio.ServicerContext[Any, Any]) -> bool:
+    """Whether a handler failed only because its call has gone: a read or a write was cut off, or came too late.
+
+    A handler's tasks put such an error into a group. Whatever else is in it is a failure in its own right.
+    """
+    lost: tuple[type[BaseException], ...] = (grpc.aio.InternalError,)
+    task = asyncio.current_task()
+    if context.done() or (task is not None and task.cancelling()):
+        # On a live call this one is a mistake of the handler's.
+        lost += (grpc.aio.UsageError,)
+    failures = [leaf for leaf in leaves(error) if not isinstance(leaf, asyncio.CancelledError)]
+    return bool(failures) and all(isinstance(failure, lost) for failure in failures)
+
+
 async def _run(behaviour: Callable[..., Any], request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    if isinstance(request, _Malformed):
+        raise request.error
     if not inspect.isasyncgenfunction(behaviour):
         return await behaviour(request, context)
     async with aclosing(behaviour(request, context)) as responses:
@@ -161,7 +183,38 @@ def _like(handler: Handler, behaviour: Callable[..., Any]) -> Handler:
         make = grpc.unary_stream_rpc_method_handler
     else:
         make = grpc.unary_unary_rpc_method_handler
-    return make(behaviour, handler.request_deserializer, handler.response_serializer)
+    deserialize = _forgiving(handler.request_deserializer, handler.request_streaming)
+    return make(behaviour, deserialize, handler.response_serializer)
+
+
+@dataclass(frozen=True)
+class _Malformed:
+    """Stands for a request that could not be parsed, on its way to where an error can be told."""
+
+    error: InvalidArgumentError
+
+
+def _forgiving(deserialize: Callable[[bytes], Any] | None, streaming: bool) -> Callable[[bytes], Any] | None:
+    """Make malformed bytes the caller's mistake, which gRPC takes for the server's, with a traceback.
+
+    A stream is parsed while the handler reads, and may raise there. A single request is parsed by gRPC before the
+    handler is called.
+    """
+    if deserialize is None:
+        return None
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as problem:
+            message = getattr(deserialize, "__self__", None)
+            name = message.DESCRIPTOR.full_name if message is not None else "a message"
+            error = InvalidArgumentError("request", f"cannot be parsed as {name}")
+            if streaming:
+                raise error from problem
+            return _Malformed(error)
+
+    return parse
 
 
 class TracedChannel(grpc.aio.Channel):

@@ -27,10 +27,12 @@ _T = TypeVar("_T")
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 
 # A server refuses clients that ping oftener than every 10 s, so clients ping every 20 s. A peer that does
-# not answer a ping within 10 s is gone, and so are its streams, and what they hold.
+# not answer a ping within 10 s is gone, and so are its streams, and what they hold. The HTTP/2 transport has
+# a ping timeout of its own, a minute unless it is told, and the later of the two decides.
 _KEEPALIVE_OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -127,9 +129,7 @@ async def serving(
 
 async def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
     address = format_address(host, port)
-    if not 0 <= port <= 65535:
-        raise StartupError(f"cannot listen on {address}: the port must be 0 to 65535")
-    await _probe(host, port)
+    await probe(host, port)
     try:
         bound = server.add_insecure_port(address)
     except RuntimeError as error:
@@ -139,9 +139,14 @@ async def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
     return bound
 
 
-async def _probe(host: str, port: int) -> None:
-    """Bind the address for a moment, because gRPC does not say why it cannot."""
+async def probe(host: str, port: int) -> None:
+    """Bind the address for a moment: gRPC does not say why it cannot, and a model takes minutes to load before.
+
+    Raises StartupError if the address cannot be listened on.
+    """
     address = format_address(host, port)
+    if not 0 <= port <= 65535:
+        raise StartupError(f"cannot listen on {address}: the port must be 0 to 65535")
     try:
         found = await asyncio.get_running_loop().getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -170,10 +175,21 @@ def parse_address(address: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         host = ""
-    if not (host and colon and digits.isascii() and digits.isdigit() and int(digits) <= 65535):
+    spaced = any(character.isspace() for character in host)
+    if spaced or not (host and colon and digits.isascii() and digits.isdigit() and int(digits) <= 65535):
         problem = f"{address!r} is not host:port with a port of 0 to 65535 (an IPv6 host goes in brackets)"
         raise InvalidArgumentError("address", problem)
     return host, int(digits)
+
+
+def check_peer(option: str, address: str) -> None:
+    """Raise StartupError, naming the option, for what no peer can be reached at."""
+    try:
+        _, port = parse_address(address)
+    except InvalidArgumentError as error:
+        raise StartupError(f"--{option}: {error}") from error
+    if port == 0:
+        raise StartupError(f"--{option}: {address!r} has port 0, at which nobody can be reached")
 
 
 def format_address(host: str, port: int) -> str:

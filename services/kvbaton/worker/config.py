@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvbaton.rpc.config import option
+from kvbaton.rpc.config import grace_option, option
 from kvbaton.text.bundled import DEFAULT_MODEL
 
 
@@ -14,9 +14,9 @@ class WorkerConfig:
     served_model_name: str = option("", "Name that requests use. Default: the last part of --model.")
     dtype: str = option("auto", "Element type of weights and KV.", ("auto", "float32", "bfloat16"))
     device: str = option("cpu", "Where to compute: cpu, cuda or cuda:N.")
-    threads: int = option(1, "Threads of computation on a CPU.")
-    block_size: int = option(16, "Tokens in one KV block.")
+    threads: int = option(1, "Threads of computation on a CPU.", minimum=1, maximum=1024)
+    block_size: int = option(16, "Tokens in one KV block.", minimum=1, maximum=4096)
     kv_memory: str = option("1GiB", "Memory for the KV pool, for example 512MiB.")
-    max_waiting: int = option(1024, "Requests that may wait for KV blocks before new ones are refused.")
+    max_waiting: int = option(1024, "Requests that may wait for KV blocks before new ones are refused.", minimum=1)
     host: str = option("127.0.0.1", "Address to listen on.")
-    grace_seconds: float = option(10.0, "After SIGTERM: seconds for running requests to finish.")
+    grace_seconds: float = grace_option("After SIGTERM: seconds for running requests to finish.")

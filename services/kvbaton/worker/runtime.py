@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import secrets
 from dataclasses import dataclass
 
@@ -43,13 +44,22 @@ class WorkerRuntime:
     engine: EngineThread
 
 
-def build_runtime(config: WorkerConfig, limits: Limits, on_layer: LayerListener | None) -> WorkerRuntime:
-    """Load the model and allocate the pool. Takes seconds to minutes; call it before serving.
+async def load_runtime(config: WorkerConfig, limits: Limits, on_layer: LayerListener | None) -> WorkerRuntime:
+    """Load the model and allocate the pool, in a thread: signals must be heard meanwhile. Call it before serving.
+
+    Raises as `build_runtime`.
+    """
+    return await asyncio.to_thread(build_runtime, config, limits, on_layer, asyncio.get_running_loop())
+
+
+def build_runtime(
+    config: WorkerConfig, limits: Limits, on_layer: LayerListener | None, loop: asyncio.AbstractEventLoop
+) -> WorkerRuntime:
+    """Load the model and allocate the pool, for an engine that answers to `loop`. Takes seconds to minutes.
 
     Raises StartupError for a model that is missing, broken or not servable, or memory that does not hold a block.
     """
-    if config.threads < 1 or config.block_size < 1:
-        raise StartupError("--threads and --block-size must be 1 or more")
+    parse_size(config.kv_memory, "kv-memory")
     torch.set_num_threads(config.threads)
     path = resolve_model(config.model)
     loaded = load_model(path, config.dtype, config.device)
@@ -74,17 +84,30 @@ def build_runtime(config: WorkerConfig, limits: Limits, on_layer: LayerListener 
         store=store,
         num_blocks=num_blocks,
         tokenizer=load_tokenizer(path),
-        engine=EngineThread(engine, asyncio.get_running_loop()),
+        engine=EngineThread(engine, loop),
     )
 
 
 def blocks_in(kv_memory: str, geometry: KvGeometry, block_size: int) -> int:
     """Blocks that a memory size such as "1GiB" holds. Raises StartupError when it is not even one."""
     block_bytes = geometry.token_bytes * block_size
-    num_blocks = min(parse_size(kv_memory, "kv-memory") // block_bytes, MAX_BLOCKS)
+    num_blocks = parse_size(kv_memory, "kv-memory") // block_bytes
     if num_blocks < 1:
         raise StartupError(f"--kv-memory: {kv_memory} does not hold one block of {block_bytes} bytes")
-    return num_blocks
+    if num_blocks > MAX_BLOCKS:
+        logger.warning(
+            "--kv-memory: %s holds %d blocks, of which %d are used, the most that a pool has; a larger --block-size "
+            "makes use of more",
+            kv_memory,
+            num_blocks,
+            MAX_BLOCKS,
+        )
+    return min(num_blocks, MAX_BLOCKS)
+
+
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def model_info(loaded: LoadedModel, name: str) -> types.ModelInfo:
@@ -104,6 +127,11 @@ def model_info(loaded: LoadedModel, name: str) -> types.ModelInfo:
 
 
 def _allocate(loaded: LoadedModel, num_blocks: int, config: WorkerConfig) -> TorchKvStore:
+    pool_bytes = num_blocks * config.block_size * loaded.geometry.token_bytes
+    # Linux grants memory that it does not have, and kills the process when it is used.
+    if loaded.device.type == "cpu" and pool_bytes > physical_memory():
+        has = f"this machine has {physical_memory() / 2**30:.1f} GiB"
+        raise StartupError(f"--kv-memory: a pool of {pool_bytes / 2**30:.1f} GiB is too large; {has}")
     try:
         return TorchKvStore(loaded.geometry, num_blocks, config.block_size, loaded.device)
     except RuntimeError as error:

@@ -1,0 +1,89 @@
+"""How a deployment starts and follows its processes, with stand-ins for the services."""
+
+import asyncio
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from kvbaton.cli import deployment as module
+from kvbaton.cli.deployment import Process, UpConfig, deployed
+from kvbaton.engine.errors import StartupError
+from kvbaton.rpc.errors import root_cause
+
+LIVES = "import sys; print('127.0.0.1:1', flush=True); sys.stdin.read()"
+DIES = "import sys; print('127.0.0.1:1', flush=True); sys.exit('out of memory')"
+LOADS_FOR_EVER = "import sys; sys.stdin.read()"
+FAILS = "import sys; sys.exit('no such model')"
+
+
+async def start(name: str, script: str) -> Process:
+    pipe = asyncio.subprocess.PIPE
+    command = (sys.executable, "-S", "-c", script)
+    return Process(name, await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe))
+
+
+@pytest.mark.parametrize(
+    ("scripts", "culprit", "word"),
+    [
+        ({"prefill": FAILS}, "prefill-1", "no such model"),
+        ({"prefill": LOADS_FOR_EVER, "decode": FAILS}, "decode-1", "no such model"),
+        ({"decode": DIES}, "decode-1", "out of memory"),
+        ({"router": DIES}, "router", "out of memory"),
+    ],
+    ids=["before it is ready", "while another one loads", "before the router is healthy", "router"],
+)
+async def test_a_process_that_ends_before_all_are_ready_is_named_after_its_last_words(
+    monkeypatch: pytest.MonkeyPatch, scripts: dict[str, str], culprit: str, word: str
+) -> None:
+    async def stand_in(kind: str, name: str, flags: Sequence[str], environment: Mapping[str, str]) -> Process:
+        return await start(name, scripts.get(kind, LIVES))
+
+    log: list[str] = []
+    monkeypatch.setattr(module, "_start", stand_in)
+    deployment = deployed(UpConfig(port=0, grace_seconds=0), lambda name, line: log.append(f"{name}: {line}"))
+    async with asyncio.timeout(20):
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await deployment.__aenter__()
+    error = root_cause(caught.value)
+    assert isinstance(error, StartupError)
+    assert str(error) == f"{culprit} ended before the deployment was ready (exit code 1)"
+    assert f"{culprit}: {word}" in log
+
+
+async def test_a_router_port_in_use_is_found_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(*_: Any) -> Process:
+        pytest.fail("it was started")
+
+    monkeypatch.setattr(module, "_start", nothing)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupError, match=f"cannot listen on 127.0.0.1:{port}: address already in use"):
+            await deployed(UpConfig(port=port), lambda *_: None).__aenter__()
+
+
+async def followed(script: str) -> list[str]:
+    lines: list[str] = []
+    exits: asyncio.Queue[Any] = asyncio.Queue()
+    process = await start("decode-1", script)
+    async with asyncio.timeout(20):
+        await module._follow(process, lambda name, line: lines.append(f"{name}: {line}"), exits)
+        await process.process.communicate()
+    assert exits.get_nowait() is process
+    return lines
+
+
+async def test_a_line_of_any_length_is_cut_and_the_next_one_is_whole() -> None:
+    lines = await followed("import sys; sys.stderr.write('a' * (3 << 20) + '\\nnext\\n' + 'b' * (3 << 20))")
+    assert lines == [
+        "decode-1: " + "a" * module.MAX_LINE_BYTES + " …",
+        "decode-1: next",
+        "decode-1: " + "b" * module.MAX_LINE_BYTES + " …",
+    ]
+
+
+async def test_lines_are_shown_as_they_were_written() -> None:
+    script = "import sys; sys.stderr.buffer.write(b'one \\r\\n\\n\\xff\\xc3\\xa4\\nlast')"
+    assert await followed(script) == ["decode-1: one", "decode-1: ", "decode-1: \ufffdä", "decode-1: last"]
