@@ -8,18 +8,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from kvbaton.decode.config import DecodeConfig
 from kvbaton.decode.service import serve_decode
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
+from kvbaton.engine.scheduler import Scheduler
 from kvbaton.prefill.config import PrefillConfig
 from kvbaton.prefill.service import serve_prefill
 from kvbaton.router.config import RouterConfig
 from kvbaton.router.service import serve_router
+from kvbaton.rpc.serving import Server
 from kvbaton.worker import runtime
+from kvbaton.worker.engine_thread import EngineFailedError
 from support import tiny_models
+from support.cluster import worker_status
 
 # A service whose model takes for ever to load.
 LOADER = """
@@ -160,3 +165,23 @@ def test_a_pool_that_is_cut_to_the_most_blocks_is_told(caplog: pytest.LogCapture
     caplog.clear()
     runtime.blocks_in(str(geometry.token_bytes), geometry, 1)
     assert not caplog.records
+
+
+async def test_a_worker_whose_engine_fails_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug outside of the forward pass")
+
+    folder = tiny_models.save_tiny_model("llama", tmp_path)
+    monkeypatch.setattr(Scheduler, "admit", broken)
+    started: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+    config = PrefillConfig(model=str(folder), port=0, kv_memory="1MiB")
+
+    async def wake_the_engine() -> None:
+        await worker_status((await started).address)
+
+    async with asyncio.timeout(60):
+        serving, waking = await asyncio.gather(
+            serve_prefill(config, asyncio.Event(), started), wake_the_engine(), return_exceptions=True
+        )
+    assert isinstance(serving, EngineFailedError)
+    assert waking is None or isinstance(waking, grpc.aio.AioRpcError)

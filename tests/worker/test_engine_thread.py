@@ -300,4 +300,13 @@ async def test_an_engine_that_fails_tells_everybody_and_takes_nothing_more(
         with pytest.raises(EngineFailedError):
             thread.submit(RequestHandle("b"), PROMPT, sampling(), Route.LOCAL)
         thread.remove(handle, finished=False)
+        with pytest.raises(EngineFailedError):
+            await thread.serve_until(asyncio.Event())
     assert "a bug outside of the forward pass" in caplog.text
+
+
+async def test_an_engine_serves_until_it_is_stopped() -> None:
+    async with running(FakeRunner()) as thread:
+        stop = asyncio.Event()
+        stop.set()
+        await thread.serve_until(stop)

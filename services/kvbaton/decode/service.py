@@ -46,4 +46,4 @@ async def serve_decode(config: DecodeConfig, stop: asyncio.Event, started: "asyn
             async with serving(services, config.host, config.port, grace_seconds=config.grace_seconds) as server:
                 logger.info("decode worker ready on %s, serving %s", server.address, runtime.model.name)
                 started.set_result(server)
-                await stop.wait()
+                await runtime.engine.serve_until(stop)

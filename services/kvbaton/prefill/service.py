@@ -36,5 +36,5 @@ async def serve_prefill(config: PrefillConfig, stop: asyncio.Event, started: "as
             async with serving(services, config.host, config.port, grace_seconds=config.grace_seconds) as server:
                 logger.info("prefill worker ready on %s, serving %s", server.address, runtime.model.name)
                 started.set_result(server)
-                await stop.wait()
+                await runtime.engine.serve_until(stop)
         await kv_thread.call(peers.close())

@@ -102,6 +102,7 @@ class EngineThread:
         # Bounded by `_send`; removals alone are always taken, since clean-up must neither wait nor fail.
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._failure: EngineFailedError | None = None
+        self._failed = asyncio.Event()
         self._handles: dict[str, RequestHandle] = {}
         self._num_finished = self._num_cancelled = 0
         self._running = True
@@ -114,6 +115,16 @@ class EngineThread:
     def __exit__(self, *_: object) -> None:
         self._commands.put(_Command(self._stop, lambda _: self._stop()))
         self._thread.join()
+
+    async def serve_until(self, stop: asyncio.Event) -> None:
+        """Wait for `stop`. Raises EngineFailedError when the engine fails first: the worker is then of no use."""
+        async with asyncio.TaskGroup() as group:
+            waits = {group.create_task(stop.wait()), group.create_task(self._failed.wait())}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        if self._failure is not None:
+            raise self._failure
 
     def submit(self, handle: RequestHandle, prompt: Sequence[int], sampling: SamplingParams, route: Route) -> None:
         """Queue a request; its fate comes through `handle`. Raises OverloadedError when commands pile up."""
@@ -198,14 +209,14 @@ class EngineThread:
         try:
             self._run()
         except Exception:
-            # Nothing of the engine can be trusted now. Whoever waits is told, and status streams end with an error, so
-            # that routers leave this worker alone.
+            # Nothing of the engine can be trusted now. Whoever waits is told, and the service ends (`serve_until`).
             logger.exception("the engine has failed; this worker serves nothing any more")
             self._failure = EngineFailedError("the engine has failed")
             ended: list[tuple[RequestHandle, Request | TokenSampled | Exception]] = [
                 (handle, self._failure) for handle in self._handles.values()
             ]
             self._loop.call_soon_threadsafe(_deliver, ended)
+            self._loop.call_soon_threadsafe(self._failed.set)
             self._refuse_commands()
 
     def _refuse_commands(self) -> None:
