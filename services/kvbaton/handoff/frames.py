@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kvbaton.engine.geometry import KvGeometry
 
 FRAME_BYTES = 1 << 20
-"""Most payload bytes a frame carries; 512 KiB to 1 MiB was measured best, 4 MiB worse (docs/benchmarks.md)."""
+"""Most payload bytes a frame carries: small ones cost per message, large ones hold up the loop that carries them."""
 
 
 @dataclass(frozen=True, slots=True)
