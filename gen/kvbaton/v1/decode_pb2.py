@@ -25,21 +25,23 @@ _sym_db = _symbol_database.Default()
 from kvbaton.v1 import types_pb2 as kvbaton_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvbaton/v1/decode.proto\x12\nkvbaton.v1\x1a\x16kvbaton/v1/types.proto\"k\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvbaton.v1.SamplingParams\"\xa3\x01\n\x0e\x44\x65\x63odeResponse\x12.\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x1a.kvbaton.v1.DecodeAdmittedH\x00\x12(\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.kvbaton.v1.TokenEventH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.kvbaton.v1.DecodeFinishedH\x00\x42\x07\n\x05\x65vent\"\x9f\x01\n\x0e\x44\x65\x63odeAdmitted\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x0f\n\x07kv_port\x18\x03 \x01(\r\x12\x13\n\x0bkv_endpoint\x18\x04 \x01(\t\x12&\n\x04host\x18\x05 \x01(\x0b\x32\x18.kvbaton.v1.HostIdentity\x12\x14\n\x0cwait_seconds\x18\x06 \x01(\x01\">\n\x0e\x44\x65\x63odeFinished\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x02 \x01(\x01\x32R\n\rDecodeService\x12\x41\n\x06\x44\x65\x63ode\x12\x19.kvbaton.v1.DecodeRequest\x1a\x1a.kvbaton.v1.DecodeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvbaton/v1/decode.proto\x12\nkvbaton.v1\x1a\x16kvbaton/v1/types.proto\"\xc4\x01\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvbaton.v1.SamplingParams\x12\x18\n\x10output_token_ids\x18\x04 \x01(\x0c\x12\x17\n\x0fprefill_locally\x18\x05 \x01(\x08\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\ncache_salt\x18\x07 \x01(\t\"\x8c\x02\n\x0e\x44\x65\x63odeResponse\x12.\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x1a.kvbaton.v1.DecodeAdmittedH\x00\x12(\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.kvbaton.v1.TokenEventH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.kvbaton.v1.DecodeFinishedH\x00\x12\x30\n\tpreempted\x18\x04 \x01(\x0b\x32\x1b.kvbaton.v1.DecodePreemptedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x1a.kvbaton.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"!\n\x0f\x44\x65\x63odePreempted\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x9f\x01\n\x0e\x44\x65\x63odeAdmitted\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x0f\n\x07kv_port\x18\x03 \x01(\r\x12\x13\n\x0bkv_endpoint\x18\x04 \x01(\t\x12&\n\x04host\x18\x05 \x01(\x0b\x32\x18.kvbaton.v1.HostIdentity\x12\x14\n\x0cwait_seconds\x18\x06 \x01(\x01\"\x95\x01\n\x0e\x44\x65\x63odeFinished\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x02 \x01(\x01\x12\x1d\n\x15prefill_queue_seconds\x18\x03 \x01(\x01\x12\x1f\n\x17prefill_compute_seconds\x18\x04 \x01(\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\r2R\n\rDecodeService\x12\x41\n\x06\x44\x65\x63ode\x12\x19.kvbaton.v1.DecodeRequest\x1a\x1a.kvbaton.v1.DecodeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvbaton.v1.decode_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DECODEREQUEST']._serialized_start=63
-  _globals['_DECODEREQUEST']._serialized_end=170
-  _globals['_DECODERESPONSE']._serialized_start=173
-  _globals['_DECODERESPONSE']._serialized_end=336
-  _globals['_DECODEADMITTED']._serialized_start=339
-  _globals['_DECODEADMITTED']._serialized_end=498
-  _globals['_DECODEFINISHED']._serialized_start=500
-  _globals['_DECODEFINISHED']._serialized_end=562
-  _globals['_DECODESERVICE']._serialized_start=564
-  _globals['_DECODESERVICE']._serialized_end=646
+  _globals['_DECODEREQUEST']._serialized_start=64
+  _globals['_DECODEREQUEST']._serialized_end=260
+  _globals['_DECODERESPONSE']._serialized_start=263
+  _globals['_DECODERESPONSE']._serialized_end=531
+  _globals['_DECODEPREEMPTED']._serialized_start=533
+  _globals['_DECODEPREEMPTED']._serialized_end=566
+  _globals['_DECODEADMITTED']._serialized_start=569
+  _globals['_DECODEADMITTED']._serialized_end=728
+  _globals['_DECODEFINISHED']._serialized_start=731
+  _globals['_DECODEFINISHED']._serialized_end=880
+  _globals['_DECODESERVICE']._serialized_start=882
+  _globals['_DECODESERVICE']._serialized_end=964
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvbaton.v1 import types_pb2 as kvbaton_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvbaton/v1/inference.proto\x12\nkvbaton.v1\x1a\x16kvbaton/v1/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"7\n\nChatPrompt\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.kvbaton.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\"s\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x06tokens\x18\x02 \x01(\x0b\x32\x17.kvbaton.v1.TokenPromptH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.kvbaton.v1.ChatPromptH\x00\x42\x06\n\x04kind\"\x86\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06prompt\x18\x02 \x01(\x0b\x32\x12.kvbaton.v1.Prompt\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvbaton.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"w\n\x10GenerateResponse\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.kvbaton.v1.TokenEventH\x00\x12\x30\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1c.kvbaton.v1.GenerateFinishedH\x00\x42\x07\n\x05\x65vent\"\xeb\x01\n\x10GenerateFinished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.kvbaton.v1.FinishReason\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.kvbaton.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.kvbaton.v1.Timings\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\"D\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06prompt\x18\x02 \x01(\x0b\x32\x12.kvbaton.v1.Prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.kvbaton.v1.ModelInfo2\xef\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.kvbaton.v1.GenerateRequest\x1a\x1c.kvbaton.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.kvbaton.v1.TokenizeRequest\x1a\x1c.kvbaton.v1.TokenizeResponse\x12K\n\nListModels\x12\x1d.kvbaton.v1.ListModelsRequest\x1a\x1e.kvbaton.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvbaton/v1/inference.proto\x12\nkvbaton.v1\x1a\x16kvbaton/v1/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"7\n\nChatPrompt\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.kvbaton.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\"s\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x06tokens\x18\x02 \x01(\x0b\x32\x17.kvbaton.v1.TokenPromptH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.kvbaton.v1.ChatPromptH\x00\x42\x06\n\x04kind\"\xac\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06prompt\x18\x02 \x01(\x0b\x32\x12.kvbaton.v1.Prompt\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvbaton.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x12\n\ncache_salt\x18\x06 \x01(\t\"\xae\x01\n\x10GenerateResponse\x12(\n\x06tokens\x18\x01 \x01(\x0b\x32\x16.kvbaton.v1.TokenEventH\x00\x12\x30\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1c.kvbaton.v1.GenerateFinishedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x03 \x01(\x0b\x32\x1a.kvbaton.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\x80\x02\n\x10GenerateFinished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.kvbaton.v1.FinishReason\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.kvbaton.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.kvbaton.v1.Timings\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x16\n\x0eprefill_worker\x18\x07 \x01(\t\x12\x15\n\rdecode_worker\x18\x08 \x01(\t\x12\x13\n\x0bnum_resumes\x18\t \x01(\r\"D\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06prompt\x18\x02 \x01(\x0b\x32\x12.kvbaton.v1.Prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.kvbaton.v1.ModelInfo2\xef\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.kvbaton.v1.GenerateRequest\x1a\x1c.kvbaton.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.kvbaton.v1.TokenizeRequest\x1a\x1c.kvbaton.v1.TokenizeResponse\x12K\n\nListModels\x12\x1d.kvbaton.v1.ListModelsRequest\x1a\x1e.kvbaton.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,19 +41,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPT']._serialized_start=203
   _globals['_PROMPT']._serialized_end=318
   _globals['_GENERATEREQUEST']._serialized_start=321
-  _globals['_GENERATEREQUEST']._serialized_end=455
-  _globals['_GENERATERESPONSE']._serialized_start=457
-  _globals['_GENERATERESPONSE']._serialized_end=576
-  _globals['_GENERATEFINISHED']._serialized_start=579
-  _globals['_GENERATEFINISHED']._serialized_end=814
-  _globals['_TOKENIZEREQUEST']._serialized_start=816
-  _globals['_TOKENIZEREQUEST']._serialized_end=884
-  _globals['_TOKENIZERESPONSE']._serialized_start=886
-  _globals['_TOKENIZERESPONSE']._serialized_end=923
-  _globals['_LISTMODELSREQUEST']._serialized_start=925
-  _globals['_LISTMODELSREQUEST']._serialized_end=944
-  _globals['_LISTMODELSRESPONSE']._serialized_start=946
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1005
-  _globals['_INFERENCESERVICE']._serialized_start=1008
-  _globals['_INFERENCESERVICE']._serialized_end=1247
+  _globals['_GENERATEREQUEST']._serialized_end=493
+  _globals['_GENERATERESPONSE']._serialized_start=496
+  _globals['_GENERATERESPONSE']._serialized_end=670
+  _globals['_GENERATEFINISHED']._serialized_start=673
+  _globals['_GENERATEFINISHED']._serialized_end=929
+  _globals['_TOKENIZEREQUEST']._serialized_start=931
+  _globals['_TOKENIZEREQUEST']._serialized_end=999
+  _globals['_TOKENIZERESPONSE']._serialized_start=1001
+  _globals['_TOKENIZERESPONSE']._serialized_end=1038
+  _globals['_LISTMODELSREQUEST']._serialized_start=1040
+  _globals['_LISTMODELSREQUEST']._serialized_end=1059
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1061
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1120
+  _globals['_INFERENCESERVICE']._serialized_start=1123
+  _globals['_INFERENCESERVICE']._serialized_end=1362
 # @@protoc_insertion_point(module_scope)

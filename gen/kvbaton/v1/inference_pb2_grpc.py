@@ -57,7 +57,8 @@ class InferenceServiceServicer(object):
     """
 
     def Generate(self, request, context):
-        """Generate streams the tokens of one completion as they are made: any number of `tokens`, then one `finished`.
+        """Generate streams the tokens of a request's n completions as they are made: any number of `tokens`, then one
+        `finished`.
         Cancelling the call, or its deadline, frees everything the request holds.
         Fails with INVALID_ARGUMENT (naming the field, an unknown model included; never retry), RESOURCE_EXHAUSTED (queues
         full; retry after the delay in RetryInfo), UNAVAILABLE (no worker, or one was lost; retry, with backoff, if no

@@ -109,7 +109,8 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
     ], channel: grpc.aio.Channel) -> None: ...
 
     Generate: _InferenceServiceGenerateType
-    """Generate streams the tokens of one completion as they are made: any number of `tokens`, then one `finished`.
+    """Generate streams the tokens of a request's n completions as they are made: any number of `tokens`, then one
+    `finished`.
     Cancelling the call, or its deadline, frees everything the request holds.
     Fails with INVALID_ARGUMENT (naming the field, an unknown model included; never retry), RESOURCE_EXHAUSTED (queues
     full; retry after the delay in RetryInfo), UNAVAILABLE (no worker, or one was lost; retry, with backoff, if no
@@ -150,7 +151,8 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         request: kvbaton.v1.inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[kvbaton.v1.inference_pb2.GenerateResponse], collections.abc.AsyncIterator[kvbaton.v1.inference_pb2.GenerateResponse]]:
-        """Generate streams the tokens of one completion as they are made: any number of `tokens`, then one `finished`.
+        """Generate streams the tokens of a request's n completions as they are made: any number of `tokens`, then one
+        `finished`.
         Cancelling the call, or its deadline, frees everything the request holds.
         Fails with INVALID_ARGUMENT (naming the field, an unknown model included; never retry), RESOURCE_EXHAUSTED (queues
         full; retry after the delay in RetryInfo), UNAVAILABLE (no worker, or one was lost; retry, with backoff, if no

@@ -24,33 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvbaton/v1/types.proto\x12\nkvbaton.v1\"\xe6\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokens\"s\n\nTokenEvent\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.kvbaton.v1.FinishReason\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"t\n\rTransferStats\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x18\n\x10overlapped_share\x18\x05 \x01(\x01\"\xa7\x02\n\x07Timings\x12\x1c\n\x14\x64\x65\x63ode_admit_seconds\x18\x01 \x01(\x01\x12\x1d\n\x15prefill_queue_seconds\x18\x02 \x01(\x01\x12\x1f\n\x17prefill_compute_seconds\x18\x03 \x01(\x01\x12+\n\x08transfer\x18\x04 \x01(\x0b\x32\x19.kvbaton.v1.TransferStats\x12\x1b\n\x13\x64\x65\x63ode_wait_seconds\x18\x05 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x06 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x07 \x01(\x01\x12 \n\x18second_token_gap_seconds\x18\x08 \x01(\x01\x12\x15\n\rtotal_seconds\x18\t \x01(\x01\"R\n\x10ModelFingerprint\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x10\n\x08kv_dtype\x18\x03 \x01(\t\"^\n\nLayerGroup\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x12\n\nk_head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\r\"I\n\nKvGeometry\x12,\n\x0clayer_groups\x18\x01 \x03(\x0b\x32\x16.kvbaton.v1.LayerGroup\x12\r\n\x05\x64type\x18\x02 \x01(\t\"\xbb\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1c.kvbaton.v1.ModelFingerprint\x12+\n\x0bkv_geometry\x18\x03 \x01(\x0b\x32\x16.kvbaton.v1.KvGeometry\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\"P\n\x0cHostIdentity\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x1c\n\x14shared_memory_device\x18\x02 \x01(\x04\x12\x11\n\tgpu_uuids\x18\x03 \x03(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvbaton/v1/types.proto\x12\nkvbaton.v1\"\xc7\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x12\n\x05min_p\x18\x08 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12=\n\nlogit_bias\x18\x0c \x03(\x0b\x32).kvbaton.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\r \x01(\rH\t\x88\x01\x01\x12\x19\n\x11\x61llowed_token_ids\x18\x0e \x03(\r\x12\x18\n\x10\x62\x61nned_token_ids\x18\x0f \x03(\r\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\n\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x12 \x01(\rH\x0c\x88\x01\x01\x12\x0c\n\x04stop\x18\x13 \x03(\t\x12\x1e\n\x16include_stop_in_output\x18\x14 \x01(\x08\x12\x37\n\x11structured_output\x18\x15 \x01(\x0b\x32\x1c.kvbaton.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x04\n\x02_n\"\x93\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12%\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x13.kvbaton.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x42\x06\n\x04kind\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\xc0\x01\n\nTokenEvent\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.kvbaton.v1.FinishReason\x12\x10\n\x08sequence\x18\x05 \x01(\r\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.kvbaton.v1.TokenLogprobs\x12\x0c\n\x04stop\x18\x07 \x01(\t\"m\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\";\n\x0ePromptLogprobs\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.kvbaton.v1.TokenLogprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"t\n\rTransferStats\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x66rames\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x18\n\x10overlapped_share\x18\x05 \x01(\x01\"\xa7\x02\n\x07Timings\x12\x1c\n\x14\x64\x65\x63ode_admit_seconds\x18\x01 \x01(\x01\x12\x1d\n\x15prefill_queue_seconds\x18\x02 \x01(\x01\x12\x1f\n\x17prefill_compute_seconds\x18\x03 \x01(\x01\x12+\n\x08transfer\x18\x04 \x01(\x0b\x32\x19.kvbaton.v1.TransferStats\x12\x1b\n\x13\x64\x65\x63ode_wait_seconds\x18\x05 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x06 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x07 \x01(\x01\x12 \n\x18second_token_gap_seconds\x18\x08 \x01(\x01\x12\x15\n\rtotal_seconds\x18\t \x01(\x01\"R\n\x10ModelFingerprint\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x16\n\x0eweights_digest\x18\x02 \x01(\t\x12\x10\n\x08kv_dtype\x18\x03 \x01(\t\"^\n\nLayerGroup\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x12\n\nk_head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\r\"I\n\nKvGeometry\x12,\n\x0clayer_groups\x18\x01 \x03(\x0b\x32\x16.kvbaton.v1.LayerGroup\x12\r\n\x05\x64type\x18\x02 \x01(\t\"\xbb\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1c.kvbaton.v1.ModelFingerprint\x12+\n\x0bkv_geometry\x18\x03 \x01(\x0b\x32\x16.kvbaton.v1.KvGeometry\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\"P\n\x0cHostIdentity\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x1c\n\x14shared_memory_device\x18\x02 \x01(\x04\x12\x11\n\tgpu_uuids\x18\x03 \x03(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvbaton.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1413
-  _globals['_FINISHREASON']._serialized_end=1508
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2448
+  _globals['_FINISHREASON']._serialized_end=2543
   _globals['_SAMPLINGPARAMS']._serialized_start=39
-  _globals['_SAMPLINGPARAMS']._serialized_end=269
-  _globals['_TOKENEVENT']._serialized_start=271
-  _globals['_TOKENEVENT']._serialized_end=386
-  _globals['_USAGE']._serialized_start=388
-  _globals['_USAGE']._serialized_end=468
-  _globals['_TRANSFERSTATS']._serialized_start=470
-  _globals['_TRANSFERSTATS']._serialized_end=586
-  _globals['_TIMINGS']._serialized_start=589
-  _globals['_TIMINGS']._serialized_end=884
-  _globals['_MODELFINGERPRINT']._serialized_start=886
-  _globals['_MODELFINGERPRINT']._serialized_end=968
-  _globals['_LAYERGROUP']._serialized_start=970
-  _globals['_LAYERGROUP']._serialized_end=1064
-  _globals['_KVGEOMETRY']._serialized_start=1066
-  _globals['_KVGEOMETRY']._serialized_end=1139
-  _globals['_MODELINFO']._serialized_start=1142
-  _globals['_MODELINFO']._serialized_end=1329
-  _globals['_HOSTIDENTITY']._serialized_start=1331
-  _globals['_HOSTIDENTITY']._serialized_end=1411
+  _globals['_SAMPLINGPARAMS']._serialized_end=878
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=640
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=688
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=881
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=1028
+  _globals['_CHOICES']._serialized_start=1030
+  _globals['_CHOICES']._serialized_end=1054
+  _globals['_TOKENEVENT']._serialized_start=1057
+  _globals['_TOKENEVENT']._serialized_end=1249
+  _globals['_TOKENLOGPROBS']._serialized_start=1251
+  _globals['_TOKENLOGPROBS']._serialized_end=1360
+  _globals['_PROMPTLOGPROBS']._serialized_start=1362
+  _globals['_PROMPTLOGPROBS']._serialized_end=1421
+  _globals['_USAGE']._serialized_start=1423
+  _globals['_USAGE']._serialized_end=1503
+  _globals['_TRANSFERSTATS']._serialized_start=1505
+  _globals['_TRANSFERSTATS']._serialized_end=1621
+  _globals['_TIMINGS']._serialized_start=1624
+  _globals['_TIMINGS']._serialized_end=1919
+  _globals['_MODELFINGERPRINT']._serialized_start=1921
+  _globals['_MODELFINGERPRINT']._serialized_end=2003
+  _globals['_LAYERGROUP']._serialized_start=2005
+  _globals['_LAYERGROUP']._serialized_end=2099
+  _globals['_KVGEOMETRY']._serialized_start=2101
+  _globals['_KVGEOMETRY']._serialized_end=2174
+  _globals['_MODELINFO']._serialized_start=2177
+  _globals['_MODELINFO']._serialized_end=2364
+  _globals['_HOSTIDENTITY']._serialized_start=2366
+  _globals['_HOSTIDENTITY']._serialized_end=2446
 # @@protoc_insertion_point(module_scope)

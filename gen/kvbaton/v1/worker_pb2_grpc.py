@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class WorkerServiceStub(object):
-    """What every worker tells about itself. Served by prefill and decode workers.
+    """What every worker tells about itself. Served by all of them.
     """
 
     def __init__(self, channel):
@@ -45,10 +45,15 @@ class WorkerServiceStub(object):
                 request_serializer=kvbaton_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=kvbaton_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
                 _registered_method=True)
+        self.SetLimits = channel.unary_unary(
+                '/kvbaton.v1.WorkerService/SetLimits',
+                request_serializer=kvbaton_dot_v1_dot_worker__pb2.SetLimitsRequest.SerializeToString,
+                response_deserializer=kvbaton_dot_v1_dot_worker__pb2.SetLimitsResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer(object):
-    """What every worker tells about itself. Served by prefill and decode workers.
+    """What every worker tells about itself. Served by all of them.
     """
 
     def WatchStatus(self, request, context):
@@ -68,6 +73,14 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetLimits(self, request, context):
+        """SetLimits changes what a worker's step may carry, and so its role, from the next step on. An operator's call.
+        Fails with INVALID_ARGUMENT (a limit out of range, or one for a service that this worker does not offer).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -81,6 +94,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=kvbaton_dot_v1_dot_worker__pb2.GetStatusRequest.FromString,
                     response_serializer=kvbaton_dot_v1_dot_worker__pb2.WorkerStatus.SerializeToString,
             ),
+            'SetLimits': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLimits,
+                    request_deserializer=kvbaton_dot_v1_dot_worker__pb2.SetLimitsRequest.FromString,
+                    response_serializer=kvbaton_dot_v1_dot_worker__pb2.SetLimitsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'kvbaton.v1.WorkerService', rpc_method_handlers)
@@ -90,7 +108,7 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService(object):
-    """What every worker tells about itself. Served by prefill and decode workers.
+    """What every worker tells about itself. Served by all of them.
     """
 
     @staticmethod
@@ -137,6 +155,33 @@ class WorkerService(object):
             '/kvbaton.v1.WorkerService/GetStatus',
             kvbaton_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
             kvbaton_dot_v1_dot_worker__pb2.WorkerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLimits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvbaton.v1.WorkerService/SetLimits',
+            kvbaton_dot_v1_dot_worker__pb2.SetLimitsRequest.SerializeToString,
+            kvbaton_dot_v1_dot_worker__pb2.SetLimitsResponse.FromString,
             options,
             channel_credentials,
             insecure,

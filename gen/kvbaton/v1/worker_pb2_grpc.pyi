@@ -57,8 +57,24 @@ _WorkerServiceGetStatusType = typing_extensions.TypeVar(
     ],
 )
 
-class WorkerServiceStub(typing.Generic[_WorkerServiceWatchStatusType, _WorkerServiceGetStatusType]):
-    """What every worker tells about itself. Served by prefill and decode workers."""
+_WorkerServiceSetLimitsType = typing_extensions.TypeVar(
+    '_WorkerServiceSetLimitsType',
+    grpc.UnaryUnaryMultiCallable[
+        kvbaton.v1.worker_pb2.SetLimitsRequest,
+        kvbaton.v1.worker_pb2.SetLimitsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvbaton.v1.worker_pb2.SetLimitsRequest,
+        kvbaton.v1.worker_pb2.SetLimitsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kvbaton.v1.worker_pb2.SetLimitsRequest,
+        kvbaton.v1.worker_pb2.SetLimitsResponse,
+    ],
+)
+
+class WorkerServiceStub(typing.Generic[_WorkerServiceWatchStatusType, _WorkerServiceGetStatusType, _WorkerServiceSetLimitsType]):
+    """What every worker tells about itself. Served by all of them."""
 
     @typing.overload
     def __init__(self: WorkerServiceStub[
@@ -69,6 +85,10 @@ class WorkerServiceStub(typing.Generic[_WorkerServiceWatchStatusType, _WorkerSer
         grpc.UnaryUnaryMultiCallable[
             kvbaton.v1.worker_pb2.GetStatusRequest,
             kvbaton.v1.worker_pb2.WorkerStatus,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kvbaton.v1.worker_pb2.SetLimitsRequest,
+            kvbaton.v1.worker_pb2.SetLimitsResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -81,6 +101,10 @@ class WorkerServiceStub(typing.Generic[_WorkerServiceWatchStatusType, _WorkerSer
         grpc.aio.UnaryUnaryMultiCallable[
             kvbaton.v1.worker_pb2.GetStatusRequest,
             kvbaton.v1.worker_pb2.WorkerStatus,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kvbaton.v1.worker_pb2.SetLimitsRequest,
+            kvbaton.v1.worker_pb2.SetLimitsResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -95,6 +119,11 @@ class WorkerServiceStub(typing.Generic[_WorkerServiceWatchStatusType, _WorkerSer
     test's call, not a poll's. Fails with INTERNAL if one is not. Safe to retry.
     """
 
+    SetLimits: _WorkerServiceSetLimitsType
+    """SetLimits changes what a worker's step may carry, and so its role, from the next step on. An operator's call.
+    Fails with INVALID_ARGUMENT (a limit out of range, or one for a service that this worker does not offer).
+    """
+
 WorkerServiceAsyncStub: typing_extensions.TypeAlias = WorkerServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         kvbaton.v1.worker_pb2.WatchStatusRequest,
@@ -104,10 +133,14 @@ WorkerServiceAsyncStub: typing_extensions.TypeAlias = WorkerServiceStub[
         kvbaton.v1.worker_pb2.GetStatusRequest,
         kvbaton.v1.worker_pb2.WorkerStatus,
     ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvbaton.v1.worker_pb2.SetLimitsRequest,
+        kvbaton.v1.worker_pb2.SetLimitsResponse,
+    ],
 ]
 
 class WorkerServiceServicer(metaclass=abc.ABCMeta):
-    """What every worker tells about itself. Served by prefill and decode workers."""
+    """What every worker tells about itself. Served by all of them."""
 
     @abc.abstractmethod
     def WatchStatus(
@@ -128,6 +161,16 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[kvbaton.v1.worker_pb2.WorkerStatus, collections.abc.Awaitable[kvbaton.v1.worker_pb2.WorkerStatus]]:
         """GetStatus returns the same state once, after checking that every KV block is accounted for: an operator's and a
         test's call, not a poll's. Fails with INTERNAL if one is not. Safe to retry.
+        """
+
+    @abc.abstractmethod
+    def SetLimits(
+        self,
+        request: kvbaton.v1.worker_pb2.SetLimitsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvbaton.v1.worker_pb2.SetLimitsResponse, collections.abc.Awaitable[kvbaton.v1.worker_pb2.SetLimitsResponse]]:
+        """SetLimits changes what a worker's step may carry, and so its role, from the next step on. An operator's call.
+        Fails with INVALID_ARGUMENT (a limit out of range, or one for a service that this worker does not offer).
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
