@@ -1,7 +1,7 @@
 """From a client's request to one that workers can be asked: everything is checked here, before any of them is."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvbaton.engine.errors import InvalidArgumentError
@@ -13,6 +13,8 @@ from kvbaton.v1 import inference_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
 MAX_REQUEST_ID = 128
+MAX_CACHE_SALT = 128
+MAX_N = 128
 _ROLES = ("system", "user", "assistant")
 
 
@@ -23,16 +25,25 @@ class AdmittedRequest:
     request_id: str
     prompt: Sequence[int]
     sampling: SamplingParams
+    """Of the first answer."""
+    n: int = 1
+    priority: int = 0
+    cache_salt: str = ""
 
 
 def admit(
-    request: pb.GenerateRequest, prompt: Sequence[int], model: types.ModelInfo, default_max_tokens: int
+    request: pb.GenerateRequest,
+    prompt: Sequence[int],
+    model: types.ModelInfo,
+    tokenizer: Tokenizer | None,
+    default_max_tokens: int,
 ) -> AdmittedRequest:
     """Check everything but the prompt's form, which `prompt_token_ids` did, and fill in defaults.
 
     Raises InvalidArgumentError that names the field.
     """
-    request_id = _request_id(request.request_id)
+    _check_printable("request_id", request.request_id, MAX_REQUEST_ID)
+    _check_printable("cache_salt", request.cache_salt, MAX_CACHE_SALT)
     check_prompt(prompt, model)
     left = model.max_model_len - len(prompt)
     if left < 1:
@@ -41,13 +52,18 @@ def admit(
     if request.sampling.max_tokens > left:
         problem = f"{request.sampling.max_tokens} and {len(prompt)} prompt tokens exceed {model.max_model_len}"
         raise InvalidArgumentError("max_tokens", f"{problem}, the model's context")
-    for token_id in request.sampling.stop_token_ids:
-        if token_id >= model.vocab_size:
-            raise InvalidArgumentError("stop_token_ids", f"{token_id} is not below {model.vocab_size}")
+    _check_sampling(request.sampling, model, tokenizer)
     sampling = sampling_from_proto(
         request.sampling, max_tokens=min(left, default_max_tokens), seed=secrets.randbelow(MAX_SEED + 1)
     )
-    return AdmittedRequest(request_id, prompt, sampling)
+    return AdmittedRequest(
+        request_id=request.request_id or f"req-{secrets.token_hex(8)}",
+        prompt=prompt,
+        sampling=sampling,
+        n=request.sampling.n or 1,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )
 
 
 def check_model(name: str, model: types.ModelInfo) -> None:
@@ -112,8 +128,28 @@ def _need(tokenizer: Tokenizer | None, field: str) -> Tokenizer:
     return tokenizer
 
 
-def _request_id(request_id: str) -> str:
-    if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
-        problem = f"must be at most {MAX_REQUEST_ID} printable characters"
-        raise InvalidArgumentError("request_id", problem)
-    return request_id or f"req-{secrets.token_hex(8)}"
+def _check_sampling(sampling: types.SamplingParams, model: types.ModelInfo, tokenizer: Tokenizer | None) -> None:
+    """What `SamplingParams` cannot check, since it takes the model, or the whole request."""
+    if sampling.HasField("n") and not 1 <= sampling.n <= MAX_N:
+        raise InvalidArgumentError("n", f"{sampling.n} is not between 1 and {MAX_N}")
+    named: tuple[tuple[str, Iterable[int]], ...] = (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", sampling.logit_bias),
+        ("allowed_token_ids", sampling.allowed_token_ids),
+        ("banned_token_ids", sampling.banned_token_ids),
+    )
+    for field, token_ids in named:
+        largest = max(token_ids, default=0)
+        if largest >= model.vocab_size:
+            raise InvalidArgumentError(field, f"{largest} is not below {model.vocab_size}")
+    for field, asked in (
+        ("stop", len(sampling.stop) > 0),
+        ("structured_output", sampling.HasField("structured_output")),
+    ):
+        if asked and tokenizer is None:
+            raise InvalidArgumentError(field, "the model has no tokenizer, and so no text")
+
+
+def _check_printable(field: str, text: str, most: int) -> None:
+    if len(text) > most or not text.isprintable():
+        raise InvalidArgumentError(field, f"must be at most {most} printable characters")
