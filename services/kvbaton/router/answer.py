@@ -43,7 +43,7 @@ class Answer:
     _budget: ResumeBudget = field(default_factory=ResumeBudget)
 
     async def run(self, placement: Placement, num_uncached: int, deadline: float | None) -> None:
-        """Generate to the last token, first at `placement`, where `num_uncached` tokens of the prompt are not known yet.
+        """Generate to the last token, first at `placement`, where `num_uncached` tokens of the prompt are unknown.
 
         `deadline` is of `time.monotonic`. Raises the errors of the table, some within ExceptionGroups: OverloadedError
         when the answer is handed back too often, UnavailableError when a worker was lost.
