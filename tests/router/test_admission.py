@@ -132,7 +132,7 @@ def test_a_salt_is_short_and_printable(salt: str) -> None:
 def test_token_ids_are_the_models(field: str, value: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"\d+ is not below 100") as caught:
         ask(**{field: value})
-    assert caught.value.field == field
+    assert caught.value.field.partition("[")[0] == field
 
 
 @pytest.mark.parametrize(

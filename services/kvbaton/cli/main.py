@@ -129,6 +129,20 @@ def health(address: str, timeout: float) -> None:
 
 
 @main.command()
+@click.argument("address")
+@click.option("--max-prefill-tokens", type=click.IntRange(0, 2**32 - 1), help="Prompt tokens that a step may carry.")
+@click.option("--max-decode-seqs", type=click.IntRange(0, 2**32 - 1), help="Sequences that a step may decode.")
+@click.option("--target-itl-ms", type=float, help="Milliseconds a step that decodes may take; 0: no target.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def limits(address: str, as_json: bool, **values: Any) -> None:
+    """Show or set what a step of the worker at ADDRESS (host:port) may carry, and so its role, while it runs."""
+    from kvbaton.cli.limits import run_limits
+
+    given = {name: value for name, value in values.items() if value is not None}
+    sys.exit(asyncio.run(run_limits(address, given, as_json)))
+
+
+@main.command()
 @click.option("--verbose", is_flag=True, help="Also the versions of what kvbaton stands on, as JSON.")
 def version(verbose: bool) -> None:
     """Print the version."""

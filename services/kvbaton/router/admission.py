@@ -1,11 +1,11 @@
 """From a client's request to one that workers can be asked: everything is checked here, before any of them is."""
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvbaton.engine.errors import InvalidArgumentError
-from kvbaton.engine.sampling import MAX_SEED, SamplingParams
+from kvbaton.engine.sampling import MAX_SEED, SamplingParams, check_token_ids_in_vocabulary
 from kvbaton.engine.tokens import check_token_ids, unpack_token_ids
 from kvbaton.rpc.sampling import sampling_from_proto
 from kvbaton.text.tokenizer import Tokenizer
@@ -52,10 +52,11 @@ def admit(
     if request.sampling.max_tokens > left:
         problem = f"{request.sampling.max_tokens} and {len(prompt)} prompt tokens exceed {model.max_model_len}"
         raise InvalidArgumentError("max_tokens", f"{problem}, the model's context")
-    _check_sampling(request.sampling, model, tokenizer)
+    _check_request(request.sampling, tokenizer)
     sampling = sampling_from_proto(
         request.sampling, max_tokens=min(left, default_max_tokens), seed=secrets.randbelow(MAX_SEED + 1)
     )
+    check_token_ids_in_vocabulary(sampling, model.vocab_size, frozenset(model.eos_token_ids))
     return AdmittedRequest(
         request_id=request.request_id or f"req-{secrets.token_hex(8)}",
         prompt=prompt,
@@ -128,20 +129,10 @@ def _need(tokenizer: Tokenizer | None, field: str) -> Tokenizer:
     return tokenizer
 
 
-def _check_sampling(sampling: types.SamplingParams, model: types.ModelInfo, tokenizer: Tokenizer | None) -> None:
-    """What `SamplingParams` cannot check, since it takes the model, or the whole request."""
+def _check_request(sampling: types.SamplingParams, tokenizer: Tokenizer | None) -> None:
+    """What `SamplingParams` cannot check, since it has no n and knows no tokenizer."""
     if sampling.HasField("n") and not 1 <= sampling.n <= MAX_N:
         raise InvalidArgumentError("n", f"{sampling.n} is not between 1 and {MAX_N}")
-    named: tuple[tuple[str, Iterable[int]], ...] = (
-        ("stop_token_ids", sampling.stop_token_ids),
-        ("logit_bias", sampling.logit_bias),
-        ("allowed_token_ids", sampling.allowed_token_ids),
-        ("banned_token_ids", sampling.banned_token_ids),
-    )
-    for field, token_ids in named:
-        largest = max(token_ids, default=0)
-        if largest >= model.vocab_size:
-            raise InvalidArgumentError(field, f"{largest} is not below {model.vocab_size}")
     for field, asked in (
         ("stop", len(sampling.stop) > 0),
         ("structured_output", sampling.HasField("structured_output")),
