@@ -64,9 +64,10 @@ async def _announce(server: Server, registry: Registry, changed: asyncio.Event) 
 
 def _check(config: RouterConfig) -> None:
     named = {"prefill": config.prefill, "decode": config.decode, "workers": config.workers}
-    for option, addresses in named.items():
-        if not addresses and not config.workers:
+    for option in ("prefill", "decode"):
+        if not named[option] and not config.workers:
             raise StartupError(f"--{option}: name at least one worker, as host:port")
+    for option, addresses in named.items():
         if len(set(addresses)) != len(addresses):
             raise StartupError(f"--{option}: a worker is named twice")
         for address in addresses:
