@@ -40,6 +40,8 @@ class SamplingParams:
     """Token ids that end the sequence, besides EOS."""
     ignore_eos: bool = False
     """Go on after the model's EOS."""
+    prompt_logprobs: int | None = None
+    """Report the logprobs of the prompt's tokens, and of this many most likely ones beside each."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
