@@ -63,8 +63,8 @@ def decode(supervised: bool, **values: Any) -> None:
 def router(supervised: bool, **values: Any) -> None:
     """Run a router: clients ask it, and it asks the workers.
 
-    It listens at once and says by its health service whether it is ready: when a prefill and a decode worker of the same
-    model are connected, or a worker that serves both legs. Workers may start later, and come and go.
+    It listens at once and says by its health service whether it is ready: when a prefill and a decode worker of the
+    same model are connected, or a worker that serves both legs. Workers may start later, and come and go.
     """
     from kvbaton.router.service import serve_router
 
