@@ -30,9 +30,7 @@ def _chunk(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int
     chosen = logprobs.gather(-1, to_device(token_ids, torch.int64, logits.device)[:, None])
     ranks = (logprobs > chosen).sum(-1) + 1
     values, best = logprobs.topk(min(max(num_top), logprobs.shape[-1]))
-    lines = zip(
-        token_ids, chosen[:, 0].tolist(), ranks.tolist(), best.tolist(), values.tolist(), num_top, strict=True
-    )
+    lines = zip(token_ids, chosen[:, 0].tolist(), ranks.tolist(), best.tolist(), values.tolist(), num_top, strict=True)
     return [
         TokenLogprobs(token_id, logprob, rank, _best(best_ids[:num], best_values[:num]))
         for token_id, logprob, rank, best_ids, best_values, num in lines

@@ -69,9 +69,9 @@ def _argmax(values: torch.Tensor) -> torch.Tensor:
     num, width = values.shape
     if values.device.type != "cpu" or width % _BLOCK:
         return values.argmax(-1)
-    blocks = values.unflatten(-1, (-1, _BLOCK))
+    blocks = values.reshape(num, -1, _BLOCK)
     block = blocks.amax(-1).argmax(-1)
-    return blocks[torch.arange(num), block].argmax(-1).add_(block, alpha=_BLOCK)
+    return block * _BLOCK + blocks[torch.arange(num), block].argmax(-1)
 
 
 def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:

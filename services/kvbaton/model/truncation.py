@@ -10,9 +10,7 @@ _HEAD = 256
 """Tokens that are looked at first: they hold most nuclei, and 8 rows of 32,000 take a millisecond, not sixty."""
 
 
-def keep_top(
-    scaled: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def keep_top(scaled: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's `top_k` tokens (0: all), and of them its `top_p` nucleus (1: all), most likely first.
 
     `scaled` is float32 [n, vocab], each row relative to its largest. Returns values and token ids [n, kept at most],
@@ -30,7 +28,7 @@ def keep_top(
         values, token_ids = _most_likely(scaled, head)
         least = values[:, -1]
         values = _cut(values, total, limits_k, limits_p)
-        # Exact if all that is kept is more likely than what was left out. Rows that are not numbers have nothing to keep.
+        # Exact if all that is kept is likelier than what was left out. Rows that are not numbers have nothing to keep.
         last_kept = values.masked_fill(values == float("-inf"), float("inf")).amin(-1)
         if bool((last_kept > least).logical_or_(least.isnan()).all()):
             return values, token_ids
