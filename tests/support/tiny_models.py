@@ -116,9 +116,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "layers without position embeddings",
     ),
     "gpt_oss": Architecture(
-        lambda: transformers.GptOssConfig(
-            **SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW
-        ),
+        lambda: transformers.GptOssConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW),
         "sinks; sliding and global layers in turn; experts",
     ),
     "deepseek_v3": Architecture(
@@ -145,9 +143,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda: transformers.Cohere2Config(**SHAPE, sliding_window=WINDOW, layer_types=_LOCAL_GLOBAL_LOCAL),
         "sliding layers, and global layers without position embeddings",
     ),
-    "glm4": Architecture(
-        lambda: transformers.Glm4Config(**SHAPE, partial_rotary_factor=0.5), "partly rotated heads"
-    ),
+    "glm4": Architecture(lambda: transformers.Glm4Config(**SHAPE, partial_rotary_factor=0.5), "partly rotated heads"),
     "stablelm": Architecture(
         lambda: transformers.StableLmConfig(**_without("head_dim"), partial_rotary_factor=0.5), "partly rotated heads"
     ),

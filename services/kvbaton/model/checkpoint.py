@@ -40,13 +40,13 @@ def read_config(source: str, trust_remote_code: bool) -> Any:
             raise _needs_remote_code(source) from error
         raise
     if config.is_encoder_decoder:
-        raise StartupError(f"model {source!r} ({_name(config)}) cannot be served: it is an encoder-decoder")
+        raise StartupError(f"model {source!r} ({model_class(config)}) cannot be served: it is an encoder-decoder")
     is_ours = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         if not is_ours and not trust_remote_code:
             raise _needs_remote_code(source)
     elif not is_ours:
-        raise StartupError(f"model {source!r} ({_name(config)}) cannot be served: it is no causal language model")
+        raise StartupError(f"model {source!r} ({model_class(config)}) cannot be served: it is no causal language model")
     return config
 
 
@@ -63,6 +63,12 @@ def weights_bytes(source: str, dtype: torch.dtype | None) -> int:
                 kind = str(part.get_dtype())
                 total += math.prod(part.get_shape()) * _element_bits(kind, dtype) // 8
     return total
+
+
+def model_class(config: Any) -> str:
+    """The model's class, as far as its configuration tells."""
+    architectures = getattr(config, "architectures", None)
+    return str(architectures[0]) if architectures else type(config).__name__
 
 
 def _safetensors_files(source: str) -> list[str]:
@@ -89,8 +95,3 @@ def _needs_remote_code(source: str) -> StartupError:
         f"model {source!r} needs code that comes with it (auto_map in its config.json); --trust-remote-code runs that "
         "code, with all of this process's rights"
     )
-
-
-def _name(config: Any) -> str:
-    architectures = getattr(config, "architectures", None)
-    return str(architectures[0]) if architectures else type(config).__name__

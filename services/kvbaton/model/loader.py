@@ -117,7 +117,8 @@ def _load(path: str, dtype: str, device: torch.device, attention_name: str, trus
     except Exception as error:
         # Loading fails in as many ways as there are broken directories; all of them are the operator's to mend.
         if attention_name in str(error):
-            raise StartupError(f"model {path!r} cannot be served: it does not use the attention interface") from error
+            name = f"model {path!r} ({checkpoint.model_class(config)})"
+            raise StartupError(f"{name} cannot be served: it does not use the attention interface") from error
         raise StartupError(f"model {path!r} cannot be loaded: {first_line(error)}") from error
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
     if missing:

@@ -51,14 +51,14 @@ def check_fits(purpose: str, needed: int, memory: Memory, device: torch.device) 
     """
     if needed > memory.available:
         raise StartupError(
-            f"{purpose} {in_gib(needed)}, and {device} has {in_gib(memory.available)} available of "
-            f"{in_gib(memory.total)}"
+            f"{purpose} {readable(needed)}, and {device} has {readable(memory.available)} available of "
+            f"{readable(memory.total)}"
         )
 
 
-def in_gib(num_bytes: int) -> str:
-    """For people: "0.88 GiB"."""
-    return f"{num_bytes / 2**30:.2f} GiB"
+def readable(num_bytes: int) -> str:
+    """For people: "1.88 GiB", "64.0 MiB"."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _whole_host(proc: Path) -> Memory:

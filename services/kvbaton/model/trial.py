@@ -35,7 +35,7 @@ def try_out(model: Any, attention: PagedAttention, kv_dtype: str, path: str) -> 
     try:
         output = model(input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=last)
     except Exception as error:
-        raise StartupError(f"{name} failed its trial run: {first_line(error)}") from error
+        raise StartupError(f"{name} cannot be served: its trial run failed: {first_line(error)}") from error
     expected = set(range(int(text_config.num_hidden_layers)))
     if set(attention.seen) != expected:
         raise StartupError(
