@@ -59,9 +59,6 @@ def other_threads(folder: Path, threads: str) -> int:
 def test_no_more_threads_than_asked_for(tmp_path: Path) -> None:
     folder = tiny_models.save_tiny_model("llama", tmp_path)
     assert other_threads(folder, "1") == 0
-    assert other_threads(folder, "3") <= 2
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one core nothing starts threads")
-def test_without_the_limit_there_would_be_more(tmp_path: Path) -> None:
-    assert other_threads(tiny_models.save_tiny_model("llama", tmp_path), "unlimited") > 0
+    if len(os.sched_getaffinity(0)) > 1:
+        # On one core nothing would start threads in any case.
+        assert other_threads(folder, "unlimited") > 0

@@ -29,10 +29,6 @@ REFUSED: dict[str, Refused] = {
         lambda: transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4, **ENDS),
         "0 of its 2 layers use the attention interface, and the others keep state that kvbaton does not know",
     ),
-    "MptForCausalLM": Refused(
-        lambda: transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=97, max_seq_len=64),
-        "its trial run failed: ",
-    ),
     "Qwen3NextForCausalLM": Refused(
         lambda: transformers.Qwen3NextConfig(
             **SHAPE,

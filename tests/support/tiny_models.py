@@ -34,6 +34,7 @@ class Architecture:
     needs: str = ""
     """What its layers need beyond plain causal attention."""
     note: str = ""
+    """What an operator should know."""
 
 
 def _without(*names: str) -> dict[str, Any]:
@@ -72,7 +73,28 @@ ARCHITECTURES: dict[str, Architecture] = {
             **SHAPE, sliding_window=WINDOW, query_pre_attn_scalar=8, layer_types=_LOCAL_GLOBAL_LOCAL
         ),
         "sliding and global layers with position embeddings of their own",
-        "of a checkpoint with a vision tower the text part is served",
+    ),
+    "gemma3_vision": Architecture(
+        lambda: transformers.Gemma3Config(
+            text_config={
+                **SHAPE,
+                "sliding_window": WINDOW,
+                "query_pre_attn_scalar": 8,
+                "layer_types": _LOCAL_GLOBAL_LOCAL,
+            },
+            vision_config={
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "intermediate_size": 48,
+                "image_size": 8,
+                "patch_size": 4,
+            },
+            mm_tokens_per_image=4,
+            eos_token_id=2,
+        ),
+        "sliding and global layers with position embeddings of their own",
+        "the text part is served; the vision tower is loaded and never run",
     ),
     "phi3": Architecture(lambda: transformers.Phi3Config(**_without("head_dim")), "fused QKV"),
     "phi3_long": Architecture(
