@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 import transformers.dynamic_module_utils
 
 from kvbaton.engine.errors import StartupError
@@ -82,7 +83,7 @@ def test_weights_that_do_not_fit_are_not_read(llama: Path, monkeypatch: pytest.M
     def read(*_: object, **__: object) -> None:
         pytest.fail("it was read")
 
-    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", read)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", read)
     needed = weights_bytes(str(llama), torch.float32)
     monkeypatch.setattr(loader, "memory_of", lambda device: Memory(4 * needed, needed - 1))
     with pytest.raises(StartupError) as caught:
