@@ -242,6 +242,9 @@ class FakeWorkerStatus(Scripted, WorkerServiceServicer):
     async def GetStatus(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
+    async def SetLimits(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
     def registration(self) -> Registration:
         return Registration("kvbaton.v1.WorkerService", lambda s: add_WorkerServiceServicer_to_server(self, s))
 
