@@ -30,7 +30,7 @@ PROMPTS = [1, 9, 40, 61]
 
 def save(architecture: str, folder: Path) -> Path:
     torch.manual_seed(13)
-    config = tiny_models.CONFIGS[architecture]()
+    config = tiny_models.ARCHITECTURES[architecture].config()
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -13,7 +13,7 @@ import click
 
 from kvbaton.cli.deployment import UpConfig
 from kvbaton.cli.options import build_config, check_environment, config_options
-from kvbaton.cli.serve import CannotStart, run_service
+from kvbaton.cli.serve import CannotStart, limit_threads, run_service
 from kvbaton.decode.config import DecodeConfig
 from kvbaton.engine.errors import StartupError
 from kvbaton.prefill.config import PrefillConfig
@@ -39,9 +39,11 @@ def main() -> None:
 @_SUPERVISED
 def prefill(supervised: bool, **values: Any) -> None:
     """Run a prefill worker: it computes prompts and sends their KV to decode workers."""
+    config = build_config(PrefillConfig, values)
+    limit_threads(config.threads)
     from kvbaton.prefill.service import serve_prefill
 
-    run_service("prefill", build_config(PrefillConfig, values), serve_prefill, supervised)
+    run_service("prefill", config, serve_prefill, supervised)
 
 
 @main.command()
@@ -53,9 +55,11 @@ def decode(supervised: bool, **values: Any) -> None:
     Prefill workers must reach its KV port: set --kv-port where a firewall or a container decides about ports, and
     --kv-endpoint where its address seen by them differs from the one that the router dials.
     """
+    config = build_config(DecodeConfig, values)
+    limit_threads(config.threads)
     from kvbaton.decode.service import serve_decode
 
-    run_service("decode", build_config(DecodeConfig, values), serve_decode, supervised)
+    run_service("decode", config, serve_decode, supervised)
 
 
 @main.command()
