@@ -87,7 +87,7 @@ MEANINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("meaning", MEANINGS)
 def test_draws_have_the_exact_distribution(across: str, meaning: dict[str, Any]) -> None:
     logits = logits_of(1, seed=9)[0]
-    history = {"prompt": PROMPT, "output": OUTPUT}
+    history: dict[str, Any] = {"prompt": PROMPT, "output": OUTPUT}
     if across == "positions":
         rows = at_positions(row(1234, **history, **meaning))
     else:
