@@ -11,6 +11,7 @@ from kvbaton.router import resume
 from kvbaton.router.answer import add_timings
 from kvbaton.router.registry import Placement
 from kvbaton.router.resume import FRUITFUL_TOKENS, ResumeBudget
+from kvbaton.v1 import decode_pb2
 from kvbaton.v1 import types_pb2 as types
 from support.fakes import Script, forever
 from support.routes import (
@@ -24,6 +25,7 @@ from support.routes import (
     fails,
     first,
     in_turn,
+    logprobs,
     more,
     routed,
     writes,
@@ -71,6 +73,18 @@ async def test_a_worker_that_serves_both_legs_hands_back_too() -> None:
         assert [r.output_token_ids for r in route.decode.requests] == [
             pack_token_ids(tokens) for tokens in ([], [10], [10, 11])
         ]
+
+
+async def test_the_prompts_logprobs_come_once() -> None:
+    told = decode_pb2.DecodeResponse(prompt_logprobs=logprobs(6, 7))
+    decode = in_turn(
+        writes(ADMITTED_LOCALLY, told, more(0, 10), PREEMPTED),
+        writes(ADMITTED_LOCALLY, told, more(1, 11, finish=STOP), DECODED),
+    )
+    async with routed(forever, decode, locally=True, prompt_logprobs=0) as route:
+        await route.run()
+        assert [request.sampling.HasField("prompt_logprobs") for request in route.decode.requests] == [True, False]
+        assert [response.WhichOneof("event") for response in route.emitted] == ["prompt_logprobs", "tokens", "tokens"]
 
 
 async def test_each_attempt_is_placed_anew() -> None:
