@@ -13,6 +13,7 @@ from kvbaton.engine.request import Route
 from kvbaton.engine.sampling import SamplingParams
 from kvbaton.engine.scheduler import Limits
 from kvbaton.handoff.receiver import ReceiverCounters
+from kvbaton.handoff.sender import SenderCounters
 from kvbaton.rpc.serving import channel, serving
 from kvbaton.v1 import worker_pb2 as pb
 from kvbaton.v1.worker_pb2_grpc import WorkerServiceStub
@@ -35,7 +36,7 @@ class Worker:
 async def working() -> AsyncIterator[Worker]:
     runtime = make_runtime(FakeStore(), FakeRunner(), LIMITS)
     worker = Worker(runtime, None)
-    servicer = WorkerServicer(pb.WORKER_ROLE_DECODE, runtime, worker.counters, worker.stop)
+    servicer = WorkerServicer(pb.WORKER_ROLE_DECODE, runtime, SenderCounters(), worker.counters, worker.stop)
     async with asyncio.timeout(PATIENCE):
         with runtime.engine:
             async with (

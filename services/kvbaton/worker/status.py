@@ -23,13 +23,15 @@ class WorkerServicer(WorkerServiceServicer):
         self,
         role: pb.WorkerRole,
         runtime: WorkerRuntime,
-        transfers: SenderCounters | ReceiverCounters,
+        sent: SenderCounters,
+        received: ReceiverCounters,
         stop: asyncio.Event,
     ) -> None:
-        """`transfers` are the counters of this worker's half of the hand-off; `stop` is set when it drains."""
+        """`sent` and `received` count this worker's transfers; `stop` is set when it drains."""
         self._role = role
         self._runtime = runtime
-        self._transfers = transfers
+        self._sent = sent
+        self._received = received
         self._stop = stop
 
     @property
@@ -68,7 +70,7 @@ class WorkerServicer(WorkerServiceServicer):
                     await self._stop.wait()
 
     async def _status(self, check: bool) -> pb.WorkerStatus:
-        runtime, transfers = self._runtime, self._transfers
+        runtime, sent, received = self._runtime, self._sent, self._received
         snapshot = await runtime.engine.snapshot(check=check)
         counts, counters = snapshot.counts, snapshot.counters
         return pb.WorkerStatus(
@@ -92,10 +94,10 @@ class WorkerServicer(WorkerServiceServicer):
                 num_steps=counters.num_steps,
                 prefill_tokens_computed=counters.prefill_tokens_computed,
                 decode_tokens_computed=counters.decode_tokens_computed,
-                kv_bytes_sent=getattr(transfers, "kv_bytes_sent", 0),
-                kv_bytes_received=getattr(transfers, "kv_bytes_received", 0),
-                transfers_applied=transfers.transfers_applied,
-                transfers_rejected=transfers.transfers_rejected,
+                kv_bytes_sent=sent.kv_bytes_sent,
+                kv_bytes_received=received.kv_bytes_received,
+                transfers_applied=sent.transfers_applied + received.transfers_applied,
+                transfers_rejected=sent.transfers_rejected + received.transfers_rejected,
                 requests_finished=snapshot.requests_finished,
                 requests_cancelled=snapshot.requests_cancelled,
             ),
