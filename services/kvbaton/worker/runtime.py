@@ -22,6 +22,7 @@ from kvbaton.rpc.config import parse_size
 from kvbaton.text.bundled import model_name, resolve_model
 from kvbaton.text.tokenizer import Tokenizer, load_tokenizer
 from kvbaton.v1 import types_pb2 as types
+from kvbaton.worker.admission import Admission
 from kvbaton.worker.config import WorkerConfig
 from kvbaton.worker.engine_thread import EngineThread
 
@@ -41,6 +42,7 @@ class WorkerRuntime:
     store: TorchKvStore
     num_blocks: int
     tokenizer: Tokenizer | None
+    admission: Admission
     engine: EngineThread
 
 
@@ -67,6 +69,7 @@ def build_runtime(
     store = _allocate(loaded, num_blocks, config)
     scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits, loaded.eos_token_ids, loaded.max_model_len)
     engine = Engine(scheduler, ModelRunner(loaded, store, on_layer))
+    tokenizer = load_tokenizer(path)
     info = model_info(loaded, config.served_model_name or model_name(path))
     logger.info(
         "model %s (%s, %s): %d KV blocks of %d tokens, %.0f MiB",
@@ -83,7 +86,8 @@ def build_runtime(
         host=host_identity(_gpu_uuids(loaded.device)),
         store=store,
         num_blocks=num_blocks,
-        tokenizer=load_tokenizer(path),
+        tokenizer=tokenizer,
+        admission=Admission(info, tokenizer),
         engine=EngineThread(engine, loop),
     )
 
