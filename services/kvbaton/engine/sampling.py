@@ -3,6 +3,7 @@
 import enum
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kvbaton.engine.errors import InvalidArgumentError
 
@@ -17,6 +18,16 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"
     LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """The form that an answer must have."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    text: str
+    """The schema, expression or grammar; empty for json_object and choice."""
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +51,14 @@ class SamplingParams:
     """Token ids that end the sequence, besides EOS."""
     ignore_eos: bool = False
     """Go on after the model's EOS."""
+    min_tokens: int = 0
+    """Neither EOS nor a stop token or string ends the sequence before it has this many tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer."""
+    include_stop_in_output: bool = False
+    """Whether the text ends with the stop string, and not before it."""
+    structured_output: StructuredOutput | None = None
+    """The form that the answer must have."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
