@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from kvbaton.decode.config import DecodeConfig
 from kvbaton.rpc.config import option, port_option
+from kvbaton.worker.config import MAX_TARGET_ITL_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,5 +20,5 @@ class UnifiedConfig(DecodeConfig):
         "Milliseconds that a step with decodes may take: the prompt tokens in it are chosen from measured step times. "
         "0: no target.",
         minimum=0,
-        maximum=60_000,
+        maximum=MAX_TARGET_ITL_MS,
     )

@@ -25,6 +25,7 @@ async def serve_unified(config: UnifiedConfig, stop: asyncio.Event, started: "as
             max_prefill_tokens=config.max_prefill_tokens,
             max_decode_seqs=config.max_decode_seqs,
             max_waiting=config.max_waiting,
+            target_itl=config.target_itl_ms / 1e3 or None,
         ),
         services=[prefill.open, decode.open],
         on_layer=prefill.transfers.layer_done,

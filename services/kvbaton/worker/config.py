@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from kvbaton.rpc.config import grace_option, option, port_option
 from kvbaton.text.bundled import DEFAULT_MODEL
 
+MAX_TARGET_ITL_MS = 60_000
+"""Longest target for a step that decodes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:

@@ -43,6 +43,8 @@ class WorkerRuntime:
     num_blocks: int
     tokenizer: Tokenizer | None
     admission: Admission
+    limits: Limits
+    """Those that the engine starts with."""
     engine: EngineThread
 
 
@@ -88,6 +90,7 @@ def build_runtime(
         num_blocks=num_blocks,
         tokenizer=tokenizer,
         admission=Admission(info, tokenizer),
+        limits=limits,
         engine=EngineThread(engine, loop),
     )
 

@@ -48,6 +48,7 @@ async def serve_worker(
     runtime = await load_runtime(config, offer.limits, offer.on_layer)
     # KV outlives the token streams while they drain: some of them may still wait for theirs.
     async with LoopThread("kv", new_event_loop) as kv_thread, AsyncExitStack() as stack:
+        stack.callback(runtime.admission.close)
         services = [await stack.enter_async_context(opened(runtime, kv_thread)) for opened in offer.services]
         with runtime.engine:
             status = WorkerServicer(offer.role, runtime, offer.sent, offer.received, stop)
