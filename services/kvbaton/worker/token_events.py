@@ -1,0 +1,43 @@
+"""Sampled tokens as the messages that carry them."""
+
+from collections.abc import Iterable, Sequence
+
+from kvbaton.engine.output import TokenLogprobs
+from kvbaton.engine.scheduler import TokenSampled
+from kvbaton.rpc.sampling import FINISH_REASONS
+from kvbaton.text.output import OutputText
+from kvbaton.v1 import types_pb2 as types
+
+
+def token_event(tokens: Sequence[TokenSampled], output: OutputText) -> types.TokenEvent:
+    """One event for consecutive tokens, without those beyond a stop string; `output` grows by them.
+
+    The event's finish_reason says whether the answer has ended.
+    """
+    reason = tokens[-1].finish_reason
+    update = output.push([token.token_id for token in tokens], last=reason is not None)
+    used = tokens[: update.num_tokens]
+    return types.TokenEvent(
+        first_index=tokens[0].index,
+        token_ids=[token.token_id for token in used],
+        text=update.text,
+        finish_reason=FINISH_REASONS[reason] if update.stop is None else types.FINISH_REASON_STOP,
+        logprobs=[logprobs_to_proto(token.logprobs) for token in used if token.logprobs is not None],
+        stop=update.stop or "",
+    )
+
+
+def prompt_logprobs_to_proto(tokens: Iterable[TokenLogprobs]) -> types.PromptLogprobs:
+    """Logprobs of consecutive prompt tokens."""
+    return types.PromptLogprobs(tokens=[logprobs_to_proto(token) for token in tokens])
+
+
+def logprobs_to_proto(logprobs: TokenLogprobs) -> types.TokenLogprobs:
+    """One token's."""
+    return types.TokenLogprobs(
+        token_id=logprobs.token_id,
+        logprob=logprobs.logprob,
+        rank=logprobs.rank,
+        top_token_ids=[token_id for token_id, _ in logprobs.top],
+        top_logprobs=[logprob for _, logprob in logprobs.top],
+    )
