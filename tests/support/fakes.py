@@ -149,6 +149,7 @@ def make_engine(runner: FakeRunner, limits: Limits, num_blocks: int = 32, max_mo
 
 def make_runtime(store: FakeStore, runner: FakeRunner, limits: Limits, num_blocks: int = 32) -> "WorkerRuntime":
     """A worker's parts without a model. Imports torch."""
+    from kvbaton.worker.admission import Admission
     from kvbaton.worker.engine_thread import EngineThread
     from kvbaton.worker.runtime import WorkerRuntime
 
@@ -160,6 +161,8 @@ def make_runtime(store: FakeStore, runner: FakeRunner, limits: Limits, num_block
         store=store,  # type: ignore[arg-type]
         num_blocks=num_blocks,
         tokenizer=None,
+        admission=Admission(model_info(), None),
+        limits=limits,
         engine=engine,
     )
 

@@ -1,4 +1,4 @@
-"""A unified worker answers as `transformers` does alone: by itself, in a hand-off on either side, resumed, handed back."""
+"""A unified worker answers as `transformers` does: alone, on either side of a hand-off, resumed, handed back."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -24,7 +24,7 @@ from kvbaton.v1.decode_pb2_grpc import DecodeServiceServicer, add_DecodeServiceS
 from kvbaton.worker.engine_thread import RequestHandle
 from kvbaton.worker.runtime import WorkerRuntime
 from kvbaton.worker.spans import record_phase, record_prefill, seconds_between
-from kvbaton.worker.token_events import token_event
+from kvbaton.worker.token_events import prompt_logprobs_messages, token_event
 
 Context = grpc.aio.ServicerContext[pb.DecodeRequest, pb.DecodeResponse]
 
@@ -70,7 +70,7 @@ class DecodeServicer(DecodeServiceServicer):
             self._runtime.engine.remove(handle, finished=finished)
 
     def _reserve(self, request: Request) -> Reservation:
-        tokens = range(request.num_cached, request.num_prompt + request.num_resumed)
+        tokens = range(request.num_cached, request.num_prefill)
         on_applied = functools.partial(self._runtime.engine.kv_received, request.request_id)
         return self._book.open(request.blocks, tokens, self._runtime.model.vocab_size, on_applied)
 
@@ -91,9 +91,12 @@ class DecodeServicer(DecodeServiceServicer):
         ended = False
         while not ended:
             tokens = await handle.next_tokens()
-            if new.route is Route.RECEIVE and tokens[0].index == len(new.output):
-                # The prefill worker has sent the first token, and its text.
-                ended = token_event([tokens.pop(0)], output).finish_reason != types.FINISH_REASON_UNSPECIFIED
+            if tokens[0].index == len(new.output):
+                for logprobs in prompt_logprobs_messages(handle.prompt_logprobs):
+                    await context.write(pb.DecodeResponse(prompt_logprobs=logprobs))
+                if new.route is Route.RECEIVE:
+                    # The prefill worker has sent the first token, and its text.
+                    ended = token_event([tokens.pop(0)], output).finish_reason != types.FINISH_REASON_UNSPECIFIED
             if tokens and not ended:
                 event = token_event(tokens, output)
                 ended = event.finish_reason != types.FINISH_REASON_UNSPECIFIED

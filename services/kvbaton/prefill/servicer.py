@@ -26,7 +26,7 @@ from kvbaton.worker.engine_thread import RequestHandle
 from kvbaton.worker.loop_thread import LoopThread
 from kvbaton.worker.runtime import WorkerRuntime
 from kvbaton.worker.spans import record_prefill, seconds_between
-from kvbaton.worker.token_events import token_event
+from kvbaton.worker.token_events import prompt_logprobs_messages, token_event
 
 
 class OutgoingTransfers:
@@ -102,6 +102,8 @@ class PrefillServicer(PrefillServiceServicer):
                 if first.finish_reason:
                     # Before the router hears of it: it ends the decode leg, which then refuses the transfer.
                     sending.cancel()
+                for logprobs in prompt_logprobs_messages(handle.prompt_logprobs):
+                    await context.write(pb.PrefillResponse(prompt_logprobs=logprobs))
                 await context.write(pb.PrefillResponse(first_token=first))
             report = None if first.finish_reason else sending.result()
             finished = True

@@ -1,17 +1,14 @@
 """What a worker's services take from a router's request before the engine hears of it."""
 
-import asyncio
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from kvbaton.engine.constraint import Constraint
-from kvbaton.engine.errors import InvalidArgumentError, OverloadedError
+from kvbaton.engine.errors import InvalidArgumentError
 from kvbaton.engine.request import Route
-from kvbaton.engine.sampling import StructuredOutput
+from kvbaton.engine.sampling import StructuredOutput, check_token_ids_in_vocabulary
 from kvbaton.engine.scheduler import NewRequest
 from kvbaton.engine.tokens import check_token_ids, unpack_token_ids
-from kvbaton.grammar import GrammarCompiler
 from kvbaton.rpc.sampling import complete_sampling_from_proto
 from kvbaton.text.tokenizer import Tokenizer
 from kvbaton.v1 import decode_pb2, prefill_pb2
@@ -32,7 +29,6 @@ class Admission:
     def __init__(self, model: types.ModelInfo, tokenizer: Tokenizer | None) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._compiler: GrammarCompiler | None = None
         self._compiling = ThreadPoolExecutor(1, "grammar")
         self._num_compiling = 0
         # Request ids are the clients' and may repeat; the engine's may not.
@@ -52,9 +48,7 @@ class Admission:
             problem = f"{len(request.cache_salt)} characters are more than {MAX_CACHE_SALT}"
             raise InvalidArgumentError("cache_salt", problem)
         sampling = complete_sampling_from_proto(request.sampling)
-        if len(output) >= sampling.max_tokens:
-            problem = f"{len(output)} tokens are not fewer than max_tokens {sampling.max_tokens}"
-            raise InvalidArgumentError("output_token_ids", problem)
+        check_token_ids_in_vocabulary(sampling, self._model.vocab_size, frozenset(self._model.eos_token_ids))
         if sampling.stop and self._tokenizer is None:
             raise InvalidArgumentError("stop", "the model has no tokenizer, so that there is no text to stop at")
         constraint = None
@@ -78,17 +72,4 @@ class Admission:
     async def _constraint(self, spec: StructuredOutput, output: list[int]) -> Constraint:
         if self._tokenizer is None:
             raise InvalidArgumentError("structured_output", "the model has no tokenizer, so that no grammar fits it")
-        if self._num_compiling >= MAX_COMPILING:
-            raise OverloadedError(f"{self._num_compiling} grammars wait for their compilation already")
-        self._num_compiling += 1
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._compiling, self._compile, self._tokenizer, spec, output)
-        finally:
-            self._num_compiling -= 1
-
-    def _compile(self, tokenizer: Tokenizer, spec: StructuredOutput, output: list[int]) -> Constraint:
-        # On its one thread, and only when it is first asked for: it takes in the whole vocabulary.
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(tokenizer, self._model.vocab_size, frozenset(self._model.eos_token_ids))
-        return self._compiler.compile(spec).constraint(output)
+        raise InvalidArgumentError("structured_output", "is not served yet")

@@ -20,7 +20,7 @@ def record_prefill(request: Request) -> None:
     """Record how long a request's prompt waited, and how long it was computed."""
     passed = request.milestones
     record_phase(telemetry.SPAN_PREFILL_QUEUE, passed.arrived, passed.prefill_started)
-    computed = {telemetry.ATTR_PROMPT_TOKENS: request.num_prompt + request.num_resumed - request.num_cached}
+    computed = {telemetry.ATTR_PROMPT_TOKENS: request.num_prefill - request.num_cached}
     record_phase(telemetry.SPAN_PREFILL_COMPUTE, passed.prefill_started, passed.prefill_ended, computed)
 
 

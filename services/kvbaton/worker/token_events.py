@@ -1,12 +1,15 @@
 """Sampled tokens as the messages that carry them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 from kvbaton.engine.output import TokenLogprobs
 from kvbaton.engine.scheduler import TokenSampled
-from kvbaton.rpc.sampling import FINISH_REASONS
+from kvbaton.rpc.sampling import FINISH_REASONS, logprobs_to_proto
 from kvbaton.text.output import OutputText
 from kvbaton.v1 import types_pb2 as types
+
+_LOGPROBS_PER_MESSAGE = 1024
+"""At 20 alternatives a token, some 200 KiB."""
 
 
 def token_event(tokens: Sequence[TokenSampled], output: OutputText) -> types.TokenEvent:
@@ -27,17 +30,8 @@ def token_event(tokens: Sequence[TokenSampled], output: OutputText) -> types.Tok
     )
 
 
-def prompt_logprobs_to_proto(tokens: Iterable[TokenLogprobs]) -> types.PromptLogprobs:
-    """Logprobs of consecutive prompt tokens."""
-    return types.PromptLogprobs(tokens=[logprobs_to_proto(token) for token in tokens])
-
-
-def logprobs_to_proto(logprobs: TokenLogprobs) -> types.TokenLogprobs:
-    """One token's."""
-    return types.TokenLogprobs(
-        token_id=logprobs.token_id,
-        logprob=logprobs.logprob,
-        rank=logprobs.rank,
-        top_token_ids=[token_id for token_id, _ in logprobs.top],
-        top_logprobs=[logprob for _, logprob in logprobs.top],
-    )
+def prompt_logprobs_messages(logprobs: Sequence[TokenLogprobs]) -> Iterator[types.PromptLogprobs]:
+    """Logprobs of a prompt's tokens, in messages of a bounded size; none for none."""
+    for start in range(0, len(logprobs), _LOGPROBS_PER_MESSAGE):
+        piece = logprobs[start : start + _LOGPROBS_PER_MESSAGE]
+        yield types.PromptLogprobs(tokens=[logprobs_to_proto(token) for token in piece])
