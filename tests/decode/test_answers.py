@@ -14,7 +14,7 @@ from kvbaton.engine.scheduler import Batch
 from kvbaton.v1 import decode_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 from support.decode_worker import FIRST, PROMPT, UNIFIED, admitted, refusal, rest, working
-from support.fakes import BLOCK_SIZE, FakeRunner, FakeTokenizer
+from support.fakes import BLOCK_SIZE, FakeRunner, FakeTokenizer, Gate
 
 
 def joined(responses: list[pb.DecodeResponse], first_index: int) -> types.TokenEvent:
@@ -77,11 +77,18 @@ async def test_kv_that_is_here_need_not_come_again() -> None:
 
 
 async def test_when_blocks_run_out_the_last_request_is_handed_back_with_its_tokens() -> None:
-    async with working(limits=UNIFIED) as worker:
-        calls = [worker.locally([5 + n] * 8, max_tokens=20) for n in range(2)]
-        for call in calls:
-            await admitted(call)
-        first, second = [await rest(call) for call in calls]
+    runner = FakeRunner()
+    gate = runner.before_run = Gate()
+    async with working(runner, limits=UNIFIED) as worker:
+        before = worker.locally(max_tokens=1)
+        # It is told before the step is computed, which the gate holds up until both others are in the line.
+        await admitted(before)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(rest(worker.locally(prompt, max_tokens=20))) for prompt in ([6] * 8, [7] * 8)]
+            while worker.runtime.engine._commands.qsize() < len(tasks):
+                await asyncio.sleep(0)
+            gate.open(100)
+        first, second = sorted((task.result() for task in tasks), key=lambda answer: answer[-1].HasField("preempted"))
         assert len(joined(first, first_index=0).token_ids) == 20
         assert first[-1].HasField("finished")
         assert "ran out of KV blocks" in second[-1].preempted.reason
@@ -177,7 +184,11 @@ async def test_logprobs_come_with_their_tokens_and_the_prompts_before_the_first(
         ({}, {"stop": ["x"]}, "stop: the model has no tokenizer"),
         ({}, {"stop": [""]}, "stop[0]: is empty"),
         ({}, {"stop": ["x"] * 10_000}, "stop: 10000 strings are more than 16"),
-        ({}, {"structured_output": types.StructuredOutput(regex="a")}, "structured_output: the model has no tokenizer"),
+        (
+            {},
+            {"structured_output": types.StructuredOutput(regex="a"), "ignore_eos": False},
+            "structured_output: the model has no tokenizer",
+        ),
         ({}, {"n": 2}, "n: is for the router"),
     ],
 )

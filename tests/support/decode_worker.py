@@ -25,7 +25,7 @@ PROMPT = [5, 6, 7, 8, 9]
 FIRST = 50
 NUM_BLOCKS = 8
 LIMITS = Limits(max_prefill_tokens=0, max_decode_seqs=4, max_waiting=1)
-UNIFIED = Limits(max_prefill_tokens=4, max_decode_seqs=4, max_waiting=1)
+UNIFIED = Limits(max_prefill_tokens=4, max_decode_seqs=4, max_waiting=4)
 
 
 class Worker:

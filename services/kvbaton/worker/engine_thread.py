@@ -250,7 +250,9 @@ class EngineThread:
         busy = False
         while self._running:
             self._run_commands(wait=not busy)
-            result = self._engine.step(wall_seconds)
+            # Before the batch is computed: peers can get ready for an admitted request meanwhile.
+            self._dispatch(self._engine.admit(wall_seconds))
+            result = self._engine.compute(wall_seconds)
             busy = result.worked
             self._dispatch(result)
 
@@ -269,7 +271,7 @@ class EngineThread:
         for request in result.preempted:
             # It has left the engine; nothing is there any more for `remove` to end.
             handle = handles.pop(request.request_id)
-            events.append((handle, PreemptedError("this worker ran out of KV blocks")))
+            events.append((handle, PreemptedError(self._why_preempted())))
         events += [(handles[request.request_id], request) for request in result.admitted]
         events += [(handles[request.request_id], list(logprobs)) for request, logprobs in result.prompt_logprobs]
         for event in result.sampled:
@@ -281,6 +283,10 @@ class EngineThread:
         events += [(handles[request.request_id], error) for request, error in _explained(result)]
         if events:
             self._loop.call_soon_threadsafe(_deliver, events)
+
+    def _why_preempted(self) -> str:
+        limits = self._engine.scheduler.limits
+        return "this worker ran out of KV blocks" if limits.max_decode_seqs else "this worker does not decode any more"
 
 
 def _explained(result: StepResult) -> list[tuple[Request, Exception]]:
