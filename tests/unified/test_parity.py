@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from kvbaton.unified.config import UnifiedConfig
-from kvbaton.unified.service import serve_unified
 from kvbaton.v1 import types_pb2 as types
 from support import tiny_models
-from support.cluster import assert_idle, serving_in_loop, wait_for_status, worker_status
+from support.cluster import worker_status
 from support.legs import Answer, Ask, answer_locally, hand_over
+
+from .conftest import Unified
 
 BLOCK = 8
 CHUNK = 7
@@ -22,18 +22,8 @@ LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, 40, 61]
 PROMPTS = tiny_models.random_prompts(LENGTHS)
 
 
-def config(folder: Path, **changes: Any) -> UnifiedConfig:
-    values = {"dtype": "float32", "block_size": BLOCK, "kv_memory": "4MiB", "grace_seconds": 0.5, **changes}
-    return UnifiedConfig(model=str(folder), port=0, **{"max_prefill_tokens": CHUNK, **values})
-
-
 def ask(prompt: list[int], output: list[int] | tuple[int, ...] = (), **sampling: Any) -> Ask:
     return Ask(prompt=prompt, output=output, sampling={"max_tokens": MAX_TOKENS, **sampling})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.save_tiny_model("qwen3", tmp_path_factory.mktemp("model"), max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +32,15 @@ def expected(folder: Path) -> list[list[int]]:
 
 
 @pytest.fixture
-async def worker(folder: Path) -> AsyncIterator[str]:
-    async with serving_in_loop(serve_unified, config(folder)) as server:
-        yield server.address
-        await assert_idle(server.address)
+async def worker(unified: Unified) -> AsyncIterator[str]:
+    async with unified(max_prefill_tokens=CHUNK) as address:
+        yield address
 
 
 @pytest.fixture
-async def other(folder: Path) -> AsyncIterator[str]:
-    async with serving_in_loop(serve_unified, config(folder, block_size=4)) as server:
-        yield server.address
-        await assert_idle(server.address)
+async def other(unified: Unified) -> AsyncIterator[str]:
+    async with unified(max_prefill_tokens=CHUNK, block_size=4) as address:
+        yield address
 
 
 async def test_prompts_in_chunks_beside_decodes(worker: str, expected: list[list[int]]) -> None:
@@ -93,7 +81,7 @@ async def test_an_answer_goes_on_from_the_tokens_it_has(
             assert answer.finish_reason == types.FINISH_REASON_LENGTH
 
 
-async def test_one_that_runs_out_of_blocks_hands_back_and_the_answer_goes_on(folder: Path) -> None:
+async def test_one_that_runs_out_of_blocks_hands_back_and_the_answer_goes_on(folder: Path, unified: Unified) -> None:
     num_tokens = 120
     prompts = PROMPTS[-2:]
     expected = tiny_models.reference_greedy(folder, prompts, num_tokens, ignore_eos=True)
@@ -110,14 +98,13 @@ async def test_one_that_runs_out_of_blocks_hands_back_and_the_answer_goes_on(fol
     # Either fits, both do not.
     blocks = -(-(61 + num_tokens) // BLOCK) + 4
     geometry_bytes = 4 * tiny_models.SHAPE["num_hidden_layers"] * 2 * 2 * tiny_models.SHAPE["head_dim"]
-    small = config(folder, kv_memory=str(blocks * BLOCK * geometry_bytes))
-    async with serving_in_loop(serve_unified, small) as server:
+    memory = str(blocks * BLOCK * geometry_bytes)
+    async with unified(max_prefill_tokens=CHUNK, kv_memory=memory) as address:
         async with asyncio.TaskGroup() as group:
-            first = group.create_task(ask_until_done(server.address, prompts[0], priority=0))
-            second = group.create_task(ask_until_done(server.address, prompts[1], priority=1))
+            first = group.create_task(ask_until_done(address, prompts[0], priority=0))
+            second = group.create_task(ask_until_done(address, prompts[1], priority=1))
         assert [first.result()[0], second.result()[0]] == expected
         assert [bool(answer.preempted) for answer in first.result()[1]] == [False]
         assert [bool(answer.preempted) for answer in second.result()[1]] == [True, False]
-        status = await wait_for_status(server.address, lambda s: s.counters.requests_preempted == 1)
-        assert status.counters.requests_cancelled == 0
-        await assert_idle(server.address)
+        counters = (await worker_status(address)).counters
+        assert (counters.requests_preempted, counters.requests_cancelled) == (1, 0)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from kvbaton.unified.config import UnifiedConfig
-from kvbaton.unified.service import serve_unified
 from kvbaton.v1 import worker_pb2
 from support import tiny_models
-from support.cluster import assert_idle, serving_in_loop, worker_status
+from support.cluster import worker_status
 from support.legs import Ask, answer_locally, hand_over
+
+from .conftest import Unified
 
 BLOCK = 8
 TURN = 3 * BLOCK + 3
@@ -20,25 +20,10 @@ FOLLOW_UP = tiny_models.random_prompts([TURN], seed=5)[0]
 TOKEN_BYTES = 4 * tiny_models.SHAPE["num_hidden_layers"] * 2 * 2 * tiny_models.SHAPE["head_dim"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.save_tiny_model("llama", tmp_path_factory.mktemp("model"))
-
-
-def config(folder: Path) -> UnifiedConfig:
-    return UnifiedConfig(
-        model=str(folder), port=0, dtype="float32", block_size=BLOCK, kv_memory="4MiB", grace_seconds=0.5
-    )
-
-
 @pytest.fixture
-async def pair(folder: Path) -> AsyncIterator[tuple[str, str]]:
-    async with (
-        serving_in_loop(serve_unified, config(folder)) as first,
-        serving_in_loop(serve_unified, config(folder)) as second,
-    ):
-        yield first.address, second.address
-        await assert_idle(first.address, second.address)
+async def pair(unified: Unified) -> AsyncIterator[tuple[str, str]]:
+    async with unified() as first, unified() as second:
+        yield first, second
 
 
 def ask(prompt: list[int], salt: str = "") -> Ask:
