@@ -11,7 +11,7 @@ import pytest
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.request import Route
 from kvbaton.engine.sampling import SamplingParams
-from kvbaton.engine.scheduler import Limits, NewRequest
+from kvbaton.engine.scheduler import Limits
 from kvbaton.handoff.receiver import ReceiverCounters
 from kvbaton.handoff.sender import SenderCounters
 from kvbaton.rpc.serving import channel, serving
@@ -21,6 +21,7 @@ from kvbaton.worker.engine_thread import RequestHandle
 from kvbaton.worker.runtime import MAX_BLOCKS, WorkerRuntime, blocks_in
 from kvbaton.worker.status import WorkerServicer
 from support.fakes import GEOMETRY, PATIENCE, FakeRunner, FakeStore, make_runtime, model_info
+from support.requests import new_request
 
 LIMITS = Limits(max_prefill_tokens=8, max_decode_seqs=4, max_waiting=4)
 
@@ -50,8 +51,7 @@ async def working(role: pb.WorkerRole = pb.WORKER_ROLE_UNIFIED, limits: Limits =
 async def test_a_status_tells_who_the_worker_is_and_what_it_holds() -> None:
     async with working() as worker:
         handle = RequestHandle("a")
-        sampling = SamplingParams(max_tokens=3, seed=0)
-        new = NewRequest(request_id="a", prompt=[5] * 6, sampling=sampling, route=Route.RECEIVE)
+        new = new_request(handle.request_id, [5] * 6, SamplingParams(max_tokens=3, seed=0), Route.RECEIVE)
         worker.runtime.engine.submit(handle, new)
         await handle.admitted()
         status = await worker.stub.GetStatus(pb.GetStatusRequest())

@@ -9,11 +9,10 @@ from kvbaton.engine.request import Request
 def share(prompts: Iterable[Request], budget: int) -> list[tuple[Request, int]]:
     """Divide `budget` tokens among prompts, which come by priority and then arrival: (request, tokens) of each served.
 
-    Priorities are served one after another. Within one, the first in line is sure of half of what there is, and the
-    others take their turns at the rest by what they have left, the shortest first; what one side does not need the
-    other has. So a short prompt slips in beside a long one, and a long one, being first in line at some time, is
-    finished in at most twice the steps that it takes alone, whatever comes after it. Shortest-remaining first is the
-    order that makes the mean wait the smallest (Schrage 1968); the half for the first is what it costs to starve
+    Priorities are served one after another. Within one, prompts are served by what they have left, the shortest first,
+    but half of the tokens is kept for the one that came first. So a short prompt passes a long one, equal ones follow
+    one another, and the first in line is done in at most twice the steps that it takes alone, whatever comes after it.
+    Shortest-remaining first is the order with the smallest mean wait (Schrage 1968); the half is the price of starving
     nobody.
     """
     shares: list[tuple[Request, int]] = []
@@ -29,11 +28,10 @@ def share(prompts: Iterable[Request], budget: int) -> list[tuple[Request, int]]:
 def _share_equals(prompts: Sequence[Request], budget: int) -> list[tuple[Request, int]]:
     needs = [request.num_uncomputed for request in prompts]
     granted = [0] * len(prompts)
-    rest = budget - min(needs[0], budget - budget // 2)
-    for index in sorted(range(1, len(prompts)), key=needs.__getitem__):
-        if rest == 0:
-            break
-        granted[index] = min(needs[index], rest)
-        rest -= granted[index]
-    granted[0] = min(needs[0], budget - sum(granted))
+    kept = min(needs[0], budget - budget // 2)
+    for index in sorted(range(len(prompts)), key=needs.__getitem__):
+        if index == 0:
+            kept = 0
+        granted[index] = min(needs[index], budget - kept)
+        budget -= granted[index]
     return [(request, tokens) for request, tokens in zip(prompts, granted, strict=True) if tokens]

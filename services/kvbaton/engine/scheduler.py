@@ -213,6 +213,7 @@ class Scheduler:
                         break
                 else:
                     request.blocks += self.pool.allocate(1)
+                    self._num_growing -= not self._may_grow(request)
             index += 1
         self.counters.requests_preempted += len(preempted)
         return preempted
@@ -220,8 +221,8 @@ class Scheduler:
     def admit(self, now: float) -> list[Request]:
         """Give blocks to waiting requests, in order, while there are enough; return those admitted.
 
-        A block for each sequence that is going to grow stays free: an admission that makes somebody be handed back in
-        the next step is work for nothing.
+        A block for each request that may need another one stays free: an admission that makes somebody be handed back
+        in the next step is work for nothing.
         """
         admitted: list[Request] = []
         while self._waiting:
@@ -239,7 +240,7 @@ class Scheduler:
             if request.uses_prefix_cache:
                 self.counters.prefix_tokens_queried += request.num_prefill
                 self.counters.prefix_tokens_hit += request.num_cached
-            self._num_growing += request.route is not Route.HAND_OFF
+            self._num_growing += self._may_grow(request)
             if request.route is Route.RECEIVE:
                 request.move_to(Phase.RECEIVING)
             else:
@@ -321,6 +322,11 @@ class Scheduler:
         self.pool.check_integrity([request.blocks for request in self._requests.values()])
         for request in self._requests.values():
             assert (request.phase is Phase.WAITING) == (not request.blocks), f"{request.request_id} in {request.phase}"
+        growing = [request for request in self._requests.values() if request.blocks and self._may_grow(request)]
+        assert len(growing) == self._num_growing, f"{self._num_growing} requests grow, not {len(growing)}"
+
+    def _may_grow(self, request: Request) -> bool:
+        return len(request.blocks) < self.pool.blocks_for(request.max_kv_tokens)
 
     def _append(self, request: Request, token: SampledToken, result: StepResult, now: float) -> None:
         if request.phase is Phase.PREFILLING:
@@ -357,20 +363,19 @@ class Scheduler:
         result.failed.append((request, error))
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        sampling = request.sampling
-        if token_id in sampling.stop_token_ids:
-            return FinishReason.STOP
-        if token_id in self.eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP
-        if len(request.output) >= sampling.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        sampling, num_output = request.sampling, len(request.output)
+        if num_output >= sampling.min_tokens:
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+            if token_id in self.eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if num_output >= sampling.max_tokens else None
 
     def _finish(self, request: Request, now: float) -> None:
         if request.phase is Phase.WAITING:
             self._waiting.discard(request)
-        elif request.route is not Route.HAND_OFF:
-            self._num_growing -= 1
+        else:
+            self._num_growing -= self._may_grow(request)
         self._prefilling.discard(request)
         self._decoding.discard(request)
         del self._requests[request.request_id]
