@@ -93,7 +93,7 @@ async def test_each_kind_gets_its_options_and_the_router_their_addresses(monkeyp
 
 
 @pytest.mark.parametrize("kinds", [{"prefill": 0}, {"decode": 0}, {"prefill": 0, "decode": 0}])
-async def test_a_deployment_that_could_not_answer_is_refused(kinds: dict[str, int]) -> None:
+async def test_a_deployment_that_could_not_answer_is_refused(kinds: dict[str, Any]) -> None:
     with pytest.raises(StartupError, match="--prefill, --decode: one of each is needed, or --unified workers"):
         await deployed(UpConfig(port=0, **kinds), lambda *_: None).__aenter__()
 

@@ -9,7 +9,8 @@ import grpc
 import pytest
 
 from kvbaton.decode.servicer import DecodeServicer
-from kvbaton.engine.scheduler import Counts, Limits
+from kvbaton.engine.counters import Counts
+from kvbaton.engine.scheduler import Limits
 from kvbaton.engine.tokens import pack_token_ids
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, TicketBook
 from kvbaton.handoff.sender import KvSender, OutgoingTransfer, SenderCounters, Target

@@ -8,7 +8,8 @@ from typing import Any
 import grpc
 import pytest
 
-from kvbaton.engine.scheduler import Counts, Limits
+from kvbaton.engine.counters import Counts
+from kvbaton.engine.scheduler import Limits
 from kvbaton.engine.tokens import pack_token_ids
 from kvbaton.handoff.codec import decode_message
 from kvbaton.handoff.peers import PeerChannels

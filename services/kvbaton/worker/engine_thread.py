@@ -13,11 +13,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from kvbaton.engine.core import Engine
-from kvbaton.engine.counters import EngineCounters
+from kvbaton.engine.counters import Counts, EngineCounters
 from kvbaton.engine.errors import KvbatonError, OverloadedError, PreemptedError
 from kvbaton.engine.output import TokenLogprobs
 from kvbaton.engine.request import Request
-from kvbaton.engine.scheduler import Counts, Limits, NewRequest, StepResult, TokenSampled
+from kvbaton.engine.scheduler import Limits, NewRequest, StepResult, TokenSampled
 from kvbaton.handoff.clock import wall_seconds
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,11 @@ class EngineThread:
 
     def set_limits(self, limits: Limits) -> None:
         """Change what a step may carry, from the next one on. Raises OverloadedError when commands pile up."""
-        self._send(lambda: self._engine.scheduler.set_limits(limits), _ignore)
+
+        def change() -> None:
+            self._dispatch(self._engine.scheduler.set_limits(limits, wall_seconds()))
+
+        self._send(change, _ignore)
 
     def remove(self, handle: RequestHandle, *, finished: bool) -> None:
         """End a request between two steps and free its blocks; an ended one is left as it is.
