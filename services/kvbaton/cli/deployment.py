@@ -37,7 +37,8 @@ class UpConfig:
     device: str = option("cpu", "Where to compute: cpu, cuda or cuda:N.")
     threads: int = option(1, "Threads of computation of each worker on a CPU.", minimum=1, maximum=1024)
     block_size: int = option(16, "Tokens in one KV block.", minimum=1, maximum=4096)
-    kv_memory: str = option("1GiB", "Memory for each worker's KV pool.")
+    kv_memory: str = option("auto", "Memory for each worker's KV pool; auto divides what the device has among them.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model, with all rights of the workers.")
     max_prefill_tokens: int = option(
         0, "Prompt tokens a worker computes in one step. 0: 2048 on prefill workers, 512 on unified ones.", minimum=0
     )
@@ -124,6 +125,9 @@ async def _start_all(
 ) -> None:
     """Start all workers, then the router, which is told their addresses, and return when it is healthy."""
     shared = _flags(config, "model", "dtype", "device", "threads", "block_size", "kv_memory", "grace_seconds")
+    shared.append(f"--memory-share={1 / (config.prefill + config.decode + config.unified):.3f}")
+    if config.trust_remote_code:
+        shared.append("--trust-remote-code")
     prefill_flags = _flags(config, "max_prefill_tokens") if config.max_prefill_tokens else []
     decode_flags = _flags(config, "max_decode_seqs")
     for kind, number, flags, processes in (
