@@ -13,6 +13,9 @@ from transformers.utils import logging as transformers_logging
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import KvGeometry
 from kvbaton.model.attention import PagedAttention
+from kvbaton.model.cpu.attention import CpuAttention
+from kvbaton.model.cpu.optimize import optimize
+from kvbaton.model.reference import ReferenceAttention
 from kvbaton.model.store import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ def load_model(path: str, dtype: str, device: str) -> LoadedModel:
     target = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise StartupError(f"dtype {dtype!r} is not one of {sorted(DTYPES)} or 'auto'")
-    attention = PagedAttention()
+    attention = PagedAttention(CpuAttention() if target.type == "cpu" else ReferenceAttention())
     attention.register()
     model = _load(path, dtype, attention.name)
     model.eval().to(target)
@@ -59,13 +62,16 @@ def load_model(path: str, dtype: str, device: str) -> LoadedModel:
         raise StartupError(f"model {path!r} has dtype {kv_dtype}; choose one of {sorted(DTYPES)}")
     geometry = _try_out(model, attention, kv_dtype, path)
     text_config = model.config.get_text_config()
+    digest = weights_digest(model)
+    if target.type == "cpu":
+        optimize(model)
     return LoadedModel(
         model=model,
         attention=attention,
         device=target,
         geometry=geometry,
         architecture=type(model).__name__,
-        weights_digest=weights_digest(model),
+        weights_digest=digest,
         vocab_size=int(text_config.vocab_size),
         max_model_len=int(text_config.max_position_embeddings),
         eos_token_ids=_eos_token_ids(model),

@@ -1,0 +1,121 @@
+"""Attention on a CPU: decodes straight from the blocks by a compiled kernel, prompts by matrix products in tiles.
+
+A prompt's tile is some queries against all keys that they may see: two products at the speed of the machine's matrix
+unit, and one pass for scale, mask, softmax and rounding between them. Above the diagonal nothing is computed but the
+corner of each tile. Scores are rounded to the model's dtype, as `transformers`' eager attention rounds them.
+"""
+
+import numpy as np
+import torch
+
+from kvbaton.model.attention import LayerShape
+from kvbaton.model.cpu.decode_kernel import attend_decodes
+from kvbaton.model.cpu.kernels import masked_softmax
+from kvbaton.model.cpu.numeric import as_array
+from kvbaton.model.ragged import Piece, RaggedBatch
+from kvbaton.model.store import TorchKvStore
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+TILE = 128
+"""Queries of one tile. Fewer leave the matrix unit idle, more waste work above the diagonal."""
+
+_NO_SINKS = np.empty(0, np.float32)
+
+
+class CpuAttention:
+    """An `AttentionBackend` for float32 and bfloat16 in main memory."""
+
+    def attend(
+        self, layer: int, tensors: Tensors, shape: LayerShape, batch: RaggedBatch, store: TorchKvStore
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        query, key, value = tensors
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        if batch.num_decodes:
+            _decode(layer, query[: batch.num_decodes], shape, batch, store, output[: batch.num_decodes])
+        for piece in batch.pieces:
+            rows = slice(piece.row, piece.row + piece.num_tokens)
+            if piece.start == 0:
+                keys, values = key[rows].transpose(0, 1), value[rows].transpose(0, 1)
+            else:
+                keys, values = _gather(layer, piece, shape.window, store)
+            _prefill(query[rows], keys, values, piece.start + piece.num_tokens, shape, output[rows])
+        return output
+
+    def attend_causal(self, tensors: Tensors, shape: LayerShape) -> torch.Tensor:
+        """See `AttentionBackend.attend_causal`."""
+        query, key, value = tensors
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        _prefill(query, key.transpose(0, 1), value.transpose(0, 1), len(query), shape, output)
+        return output
+
+
+def _decode(
+    layer: int,
+    query: torch.Tensor,
+    shape: LayerShape,
+    batch: RaggedBatch,
+    store: TorchKvStore,
+    output: torch.Tensor,
+) -> None:
+    assert batch.decode_tables is not None and batch.decode_lengths is not None
+    attend_decodes(
+        as_array(query.contiguous()),
+        as_array(store.keys[layer]),
+        as_array(store.values[layer]),
+        batch.decode_tables.numpy(),
+        batch.decode_lengths.numpy(),
+        shape.window or 0,
+        _scale(shape, query.shape[-1]),
+        np.float32(shape.softcap or 0),
+        _sinks(shape),
+        as_array(output),
+    )
+
+
+def _prefill(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    stop: int,
+    shape: LayerShape,
+    output: torch.Tensor,
+) -> None:
+    """`query`, `output` [tokens, heads, dim] end at position `stop`, as do `keys` and `values` [kv_heads, n, dim]."""
+    kv_heads, group = keys.shape[0], query.shape[1] // keys.shape[0]
+    keys, values = keys.contiguous(), values.contiguous()
+    first_key = stop - keys.shape[1]
+    window, scale, softcap, sinks = shape.window or 0, _scale(shape, query.shape[-1]), shape.softcap or 0, _sinks(shape)
+    for row in range(0, len(query), TILE):
+        tile = query[row : row + TILE]
+        first_query = stop - len(query) + row
+        low = max(first_key, first_query - window + 1) if window else first_key
+        seen = slice(low - first_key, first_query + len(tile) - first_key)
+        by_head = tile.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(kv_heads, -1, tile.shape[-1])
+        scores = torch.bmm(by_head, keys[:, seen].transpose(1, 2))
+        shaped = scores.view(kv_heads, group, len(tile), -1)
+        masked_softmax(as_array(shaped), first_query, low, window, scale, np.float32(softcap), sinks)
+        result = torch.bmm(scores, values[:, seen]).view(kv_heads, group, len(tile), -1)
+        output[row : row + TILE].unflatten(1, (kv_heads, group)).copy_(result.permute(2, 0, 1, 3))
+
+
+def _gather(
+    layer: int, piece: Piece, window: int | None, store: TorchKvStore
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [kv_heads, n, dim] of the tokens that `piece` sees, from the first block that any of them lies in."""
+    low = 0 if window is None else max(0, piece.start - window + 1) // store.block_size
+    stop = piece.start + piece.num_tokens
+    table = piece.table[low : -(-stop // store.block_size)]
+    length = stop - low * store.block_size
+    keys = store.keys[layer].index_select(0, table).flatten(0, 1)[:length]
+    values = store.values[layer].index_select(0, table).flatten(0, 1)[:length]
+    return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+def _scale(shape: LayerShape, dim: int) -> np.float32:
+    return np.float32(dim**-0.5 if shape.scaling is None else shape.scaling)
+
+
+def _sinks(shape: LayerShape) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    return _NO_SINKS if shape.sinks is None else shape.sinks.float().numpy()

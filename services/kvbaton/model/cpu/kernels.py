@@ -1,0 +1,78 @@
+"""What stands between a layer's matrix products: each one pass over its rows, where torch would make five to ten."""
+
+from typing import Any
+
+import numpy as np
+
+from kvbaton.model.cpu.numeric import element, exp, kernel, largest_of, load
+
+
+@kernel
+def rms_norm(rows: Any, weight: Any, epsilon: Any, output: Any) -> None:
+    """`rows` [n, dim] divided by their root mean square, times `weight` [dim] (float32), into `output` [n, dim]."""
+    dim = rows.shape[1]
+    for n in range(rows.shape[0]):
+        total = np.float32(0)
+        for d in range(dim):
+            x = load(rows[n, d])
+            total += x * x
+        scale = np.float32(1) / np.sqrt(total / np.float32(dim) + epsilon)
+        for d in range(dim):
+            output[n, d] = element(load(rows[n, d]) * scale * weight[d], output[n, d])
+
+
+@kernel
+def silu_gate(gate_up: Any, output: Any) -> None:
+    """SiLU of the first half of each row of `gate_up` [n, 2 * dim], times the second, into `output` [n, dim]."""
+    dim = output.shape[1]
+    for n in range(output.shape[0]):
+        for d in range(dim):
+            gate = load(gate_up[n, d])
+            # Below -87 the quotient is 0 either way, and above 87 it is the gate.
+            divisor = np.float32(1) + exp(min(-gate, np.float32(87)))
+            output[n, d] = element(gate / divisor * load(gate_up[n, dim + d]), output[n, d])
+
+
+@kernel
+def softmax(scores: Any, softcap: Any, sink: Any) -> None:
+    """`scores` [n], float32, become weights: capped (0: not), of sum one less what a `sink` takes (-inf: nothing)."""
+    if softcap > 0:
+        for j in range(scores.shape[0]):
+            scores[j] = softcap * np.tanh(scores[j] / softcap)
+    largest = largest_of(scores, sink)
+    total = exp(sink - largest)
+    for j in range(scores.shape[0]):
+        weight = exp(scores[j] - largest)
+        scores[j] = weight
+        total += weight
+    inverse = np.float32(1) / total
+    for j in range(scores.shape[0]):
+        scores[j] *= inverse
+
+
+@kernel
+def masked_softmax(
+    scores: Any, first_query: int, first_key: int, window: int, scale: Any, softcap: Any, sinks: Any
+) -> None:
+    """Attention weights in the place of `scores` [kv_heads, group, queries, keys].
+
+    Query i stands at position `first_query + i`, key j at `first_key + j`; a query sees keys up to its own position,
+    and with a `window` (0: none) only that many. `scale` comes first, then `softcap` (0: none). `sinks` [heads],
+    float32 (empty: none), take their share of the weight.
+    """
+    kv_heads, group, queries, keys = scores.shape
+    buffer = np.empty(keys, np.float32)
+    for head in range(kv_heads * group):
+        sink = sinks[head] if sinks.size > 0 else np.float32(-np.inf)
+        for i in range(queries):
+            line = scores[head // group, head % group, i]
+            stop = min(keys, first_query + i + 1 - first_key)
+            start = max(0, first_query + i + 1 - window - first_key) if window > 0 else 0
+            line[:start] = element(np.float32(0), line[0])
+            line[stop:] = element(np.float32(0), line[0])
+            seen, row = line[start:stop], buffer[start:stop]
+            for j in range(row.shape[0]):
+                row[j] = load(seen[j]) * scale
+            softmax(row, softcap, sink)
+            for j in range(row.shape[0]):
+                seen[j] = element(row[j], seen[j])

@@ -1,0 +1,116 @@
+"""Replaces parts of a loaded model by faster ones for a CPU, each only when it gives what the part itself gave.
+
+Nothing here knows an architecture. A module is recognised by what it is made of, and its replacement is tried out
+against it on random input before it takes its place; what differs stays as it was.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from kvbaton.model.cpu.linear import PackedLinear, SharedInput, SharedInputMember, can_pack
+from kvbaton.model.cpu.modules import CompiledRmsNorm, FusedGatedMlp
+
+logger = logging.getLogger(__name__)
+
+_SAME_INPUT = ("q_proj", "k_proj", "v_proj")
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+_TRIAL_ROWS = 3
+_MIN_PACKED_FEATURES = 64
+"""A layer smaller than this is bound by the call, not by its weights."""
+
+
+@torch.inference_mode()
+def optimize(model: nn.Module) -> None:
+    """Replace what can be replaced in `model`, whose parameters are all on the CPU. It can no longer be saved."""
+    generator = torch.Generator().manual_seed(0)
+    _replace(model, _faster_norm, generator)
+    if can_pack(next(model.parameters()).dtype):
+        _replace(model, _faster_mlp, generator)
+        for _, parent in list(model.named_modules()):
+            _share_input(parent, generator)
+        _replace(model, _faster_linear, generator)
+
+
+def _replace(
+    model: nn.Module, make: Callable[[nn.Module, str], nn.Module | None], generator: torch.Generator
+) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            faster = make(child, name)
+            if faster is not None and _agree(child, faster, _width(child), generator):
+                setattr(parent, name, faster)
+
+
+def _faster_norm(module: nn.Module, _: str) -> nn.Module | None:
+    weight = getattr(module, "weight", None)
+    epsilon = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter) or epsilon is None:
+        return None
+    # Gemma stores the factor less one.
+    candidates = [CompiledRmsNorm(weight + offset, float(epsilon)) for offset in (0.0, 1.0)]
+    generator = torch.Generator().manual_seed(0)
+    return next((c for c in candidates if _agree(module, c, weight.shape[-1], generator)), None)
+
+
+def _faster_mlp(module: nn.Module, _: str) -> nn.Module | None:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    activation = getattr(module, "act_fn", None)
+    if activation is None or len(list(module.parameters())) != len(_linears(parts)):
+        return None
+    gate, up, down = _linears(parts)
+    return FusedGatedMlp(gate, up, down, activation)
+
+
+def _share_input(parent: nn.Module, generator: torch.Generator) -> None:
+    linears = _linears([getattr(parent, name, None) for name in _SAME_INPUT])
+    if len(linears) != len(_SAME_INPUT):
+        return
+    shared = SharedInput(linears)
+    members = [SharedInputMember(shared, index, linear) for index, linear in enumerate(linears)]
+    rows = _trial(linears[0].in_features, linears[0].weight.dtype, generator)
+    if all(_close(linear(rows), member(rows)) for linear, member in zip(linears, members, strict=True)):
+        for name, member in zip(_SAME_INPUT, members, strict=True):
+            setattr(parent, name, member)
+
+
+def _faster_linear(module: nn.Module, _: str) -> nn.Module | None:
+    if type(module) is not nn.Linear or min(module.weight.shape) < _MIN_PACKED_FEATURES:
+        return None
+    return PackedLinear.of([module])
+
+
+def _linears(modules: Sequence[nn.Module | None]) -> list[nn.Linear]:
+    return [module for module in modules if type(module) is nn.Linear]
+
+
+def _width(module: nn.Module) -> int:
+    first = next(_weights(module))
+    return int(first.shape[-1])
+
+
+def _weights(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+
+
+def _agree(old: nn.Module, new: nn.Module, width: int, generator: torch.Generator) -> bool:
+    dtype = next(_weights(old)).dtype
+    try:
+        rows = _trial(width, dtype, generator)
+        return _close(old(rows), new(rows))
+    except Exception:
+        logger.debug("%s was not replaced", type(old).__name__, exc_info=True)
+        return False
+
+
+def _trial(width: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    # Batched as a model's hidden states are.
+    return torch.randn(1, _TRIAL_ROWS, width, generator=generator).to(dtype)
+
+
+def _close(old: torch.Tensor, new: torch.Tensor) -> bool:
+    tolerance = _TOLERANCE.get(old.dtype, 0.0)
+    scale = old.float().abs().max()
+    return old.shape == new.shape and bool((old.float() - new.float()).abs().max() <= tolerance * scale)
