@@ -19,6 +19,10 @@ _NAMES = (f"kvbaton_{number}" for number in itertools.count())
 _HARMLESS = frozenset({"dropout", "position_ids", "cache_position", "is_causal", "use_cache"})
 
 
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query, key and value of some tokens, [tokens, heads, dim] each."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerShape:
     """What varies between layers and models besides the tensors."""
@@ -39,19 +43,15 @@ class AttentionBackend(Protocol):
     def attend(
         self,
         layer: int,
-        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        tensors: Tensors,
         shape: LayerShape,
         batch: RaggedBatch,
         store: TorchKvStore,
     ) -> torch.Tensor:
-        """`tensors` are query [tokens, heads, k_dim], key [tokens, kv_heads, k_dim] and value [tokens, kv_heads,
-        v_dim] of the step's tokens; returns [tokens, heads, v_dim].
-        """
+        """Attention of the step's tokens; returns [tokens, heads, v_dim]."""
         ...
 
-    def attend_causal(
-        self, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], shape: LayerShape
-    ) -> torch.Tensor:
+    def attend_causal(self, tensors: Tensors, shape: LayerShape) -> torch.Tensor:
         """The same for one whole sequence, without a store and without a window."""
         ...
 
@@ -97,21 +97,23 @@ class PagedAttention:
             sinks=arguments.pop("s_aux", None),
         )
         tensors = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-        if self.store is None or self.batch is None:
+        if self.store is None:
             arguments["attention_mask"] = attention_mask
             if False in (arguments.get("is_causal"), getattr(module, "is_causal", True)):
                 arguments["a view of later tokens"] = True
             self._note(module.layer_idx, tensors, arguments)
-            return self.backend.attend_causal(tensors, shape)[None], None
-        layer = module.layer_idx
+        return self.attend(module.layer_idx, tensors, shape)[None], None
+
+    def attend(self, layer: int, tensors: Tensors, shape: LayerShape) -> torch.Tensor:
+        """Keep a layer's K and V and compute its attention; see `AttentionBackend.attend`."""
+        if self.store is None or self.batch is None:
+            return self.backend.attend_causal(tensors, shape)
         self.store.put(layer, self.batch.slots, tensors[1], tensors[2])
         if self.on_layer is not None:
             self.on_layer(layer)
-        return self.backend.attend(layer, tensors, shape, self.batch, self.store)[None], None
+        return self.backend.attend(layer, tensors, shape, self.batch, self.store)
 
-    def _note(
-        self, layer: int, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], arguments: dict[str, Any]
-    ) -> None:
+    def _note(self, layer: int, tensors: Tensors, arguments: dict[str, Any]) -> None:
         _, key, value = tensors
         self.seen[layer] = LayerGeometry(key.shape[1], key.shape[-1], value.shape[-1])
         self.unknown_arguments |= {

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import KvGeometry
 from kvbaton.model.attention import PagedAttention
 from kvbaton.model.cpu.attention import CpuAttention
+from kvbaton.model.cpu.decoder import compiled_decoder
 from kvbaton.model.cpu.optimize import optimize
 from kvbaton.model.reference import ReferenceAttention
 from kvbaton.model.store import DTYPES
@@ -29,11 +31,15 @@ _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
 
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Token ids and positions [1, tokens], and the rows of interest, to their logits [rows, vocab]."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
     """A model that passed its trial, and what is known of it."""
 
-    model: Any
+    forward: Forward
     attention: PagedAttention
     device: torch.device
     geometry: KvGeometry
@@ -63,10 +69,12 @@ def load_model(path: str, dtype: str, device: str) -> LoadedModel:
     geometry = _try_out(model, attention, kv_dtype, path)
     text_config = model.config.get_text_config()
     digest = weights_digest(model)
+    forward = plain_forward(model)
     if target.type == "cpu":
-        optimize(model)
+        optimize(model, attention)
+        forward = compiled_decoder(model) or forward
     return LoadedModel(
-        model=model,
+        forward=forward,
         attention=attention,
         device=target,
         geometry=geometry,
@@ -76,6 +84,17 @@ def load_model(path: str, dtype: str, device: str) -> LoadedModel:
         max_model_len=int(text_config.max_position_embeddings),
         eos_token_ids=_eos_token_ids(model),
     )
+
+
+def plain_forward(model: Any) -> Forward:
+    """The model's own forward pass."""
+
+    def forward(token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        output = model(input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    return forward
 
 
 def weights_digest(model: torch.nn.Module) -> str:

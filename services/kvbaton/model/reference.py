@@ -3,11 +3,9 @@
 import torch
 from torch.nn import functional
 
-from kvbaton.model.attention import LayerShape
+from kvbaton.model.attention import LayerShape, Tensors
 from kvbaton.model.ragged import RaggedBatch
 from kvbaton.model.store import TorchKvStore
-
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def attend(

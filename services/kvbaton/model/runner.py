@@ -18,7 +18,7 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, store: TorchKvStore, on_layer: LayerListener | None = None) -> None:
         """Takes over the model's attention: a loaded model serves one runner."""
-        self._model = loaded.model
+        self._forward = loaded.forward
         self._attention = loaded.attention
         self._attention.store = store
         self._store = store
@@ -33,12 +33,7 @@ class ModelRunner:
         if self._on_layer is not None:
             listener = self._on_layer
             self._attention.on_layer = lambda layer: listener(batch, layer)
-        logits = self._model(
-            input_ids=tensors.token_ids,
-            position_ids=tensors.positions,
-            use_cache=False,
-            logits_to_keep=tensors.sampled_rows,
-        ).logits[0]
+        logits = self._forward(tensors.token_ids, tensors.positions, tensors.sampled_rows)
         samplers = [piece for piece in batch.slices if piece.samples]
         if not samplers:
             return []

@@ -8,14 +8,12 @@ corner of each tile. Scores are rounded to the model's dtype, as `transformers`'
 import numpy as np
 import torch
 
-from kvbaton.model.attention import LayerShape
+from kvbaton.model.attention import LayerShape, Tensors
 from kvbaton.model.cpu.decode_kernel import attend_decodes
 from kvbaton.model.cpu.kernels import masked_softmax
 from kvbaton.model.cpu.numeric import as_array
 from kvbaton.model.ragged import Piece, RaggedBatch
 from kvbaton.model.store import TorchKvStore
-
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 TILE = 128
 """Queries of one tile. Fewer leave the matrix unit idle, more waste work above the diagonal."""

@@ -22,6 +22,46 @@ def rms_norm(rows: Any, weight: Any, epsilon: Any, output: Any) -> None:
 
 
 @kernel
+def rotate_heads(
+    projected: Any, query_weight: Any, key_weight: Any, epsilon: Any, cos: Any, sin: Any, query: Any, key: Any
+) -> None:
+    """Query and key heads out of `projected` [n, heads * dim + kv_heads * dim + …], normalised and rotated.
+
+    Each head is RMS-normalised with `query_weight` or `key_weight` [dim] (float32; empty: not), and its first
+    `cos.shape[1]` dimensions are turned by rotary position embedding (Su et al. 2021) in the half-split form: dimension
+    i with i + half, by `cos` and `sin` [n, 2 * half]. Into `query` [n, heads, dim] and `key` [n, kv_heads, dim].
+    """
+    heads = query.shape[1]
+    for n in range(projected.shape[0]):
+        for h in range(heads):
+            _rotate_head(projected[n], h, query_weight, epsilon, cos[n], sin[n], query[n, h])
+        for h in range(key.shape[1]):
+            _rotate_head(projected[n], heads + h, key_weight, epsilon, cos[n], sin[n], key[n, h])
+
+
+@kernel
+def _rotate_head(row: Any, head: int, weight: Any, epsilon: Any, cos: Any, sin: Any, output: Any) -> None:
+    dim, half = output.shape[0], cos.shape[0] // 2
+    values = np.empty(dim, np.float32)
+    source = row[head * dim : head * dim + dim]
+    for d in range(dim):
+        values[d] = load(source[d])
+    if weight.size > 0:
+        total = np.float32(0)
+        for d in range(dim):
+            total += values[d] * values[d]
+        scale = np.float32(1) / np.sqrt(total / np.float32(dim) + epsilon)
+        for d in range(dim):
+            values[d] = values[d] * scale * weight[d]
+    for d in range(half):
+        low, high = values[d], values[half + d]
+        output[d] = element(low * load(cos[d]) - high * load(sin[d]), output[d])
+        output[half + d] = element(high * load(cos[half + d]) + low * load(sin[half + d]), output[half + d])
+    for d in range(2 * half, dim):
+        output[d] = element(values[d], output[d])
+
+
+@kernel
 def silu_gate(gate_up: Any, output: Any) -> None:
     """SiLU of the first half of each row of `gate_up` [n, 2 * dim], times the second, into `output` [n, dim]."""
     dim = output.shape[1]

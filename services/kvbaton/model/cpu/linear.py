@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+_linear = torch.ops.mkldnn._linear_pointwise.default
+
 EXPECTED_ROWS = 8
 """Rows that the layout is chosen for: a decode batch. Larger ones run as fast from it."""
 
@@ -34,7 +36,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns [..., out_features]."""
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
+        result: torch.Tensor = _linear(rows, self._packed, self._bias, "none", [], "")
         return result
 
     @classmethod

@@ -17,15 +17,15 @@ class CompiledRmsNorm(nn.Module):
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         """`weight` [dim] is the factor itself: models that store it less one add that first."""
         super().__init__()
-        self._weight = weight.detach().float().numpy()
-        self._epsilon = np.float32(epsilon)
+        self.weights = weight.detach().float().numpy()
+        self.epsilon = np.float32(epsilon)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., dim] to [..., dim]."""
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        output = torch.empty_like(rows)
-        rms_norm(as_array(rows), self._weight, self._epsilon, as_array(output))
-        return output.view(hidden_states.shape)
+        hidden_states = hidden_states.contiguous()
+        output, dim = torch.empty_like(hidden_states), hidden_states.shape[-1]
+        rms_norm(as_array(hidden_states.view(-1, dim)), self.weights, self.epsilon, as_array(output.view(-1, dim)))
+        return output
 
 
 class FusedGatedMlp(nn.Module):
@@ -35,17 +35,17 @@ class FusedGatedMlp(nn.Module):
         super().__init__()
         self._gate_up = PackedLinear.of([gate, up])
         self._down = PackedLinear.of([down])
-        self._is_silu = isinstance(activation, nn.SiLU) or getattr(activation, "__name__", "") == "silu"
+        probe = torch.linspace(-8, 8, 65)
+        self._is_silu = torch.equal(activation(probe), nn.functional.silu(probe))
         self._activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to [..., hidden]."""
-        both = self._gate_up(x)
+        both = self._gate_up.forward(x)
         if self._is_silu:
             product = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
             silu_gate(as_array(both.flatten(0, -2)), as_array(product.flatten(0, -2)))
         else:
             gate, up = both.chunk(2, dim=-1)
             product = self._activation(gate) * up
-        result: torch.Tensor = self._down(product)
-        return result
+        return self._down.forward(product)
