@@ -14,6 +14,7 @@ from kvbaton.model.loader import load_model
 from kvbaton.model.runner import ModelRunner
 from kvbaton.model.store import TorchKvStore
 from support import tiny_models
+from support.requests import new_request
 
 pytestmark = [
     pytest.mark.cuda,
@@ -43,8 +44,8 @@ def test_moved_kv_gives_the_answers_of_transformers(architecture: str, tmp_path:
     receiver, receiving, sink = worker(folder)
     requests = []
     for number, prompt in enumerate(prompts):
-        sent = sender.add(str(number), prompt, params, Route.HAND_OFF, 0.0)
-        received = receiver.add(str(number), prompt, params, Route.RECEIVE, 0.0)
+        sent = sender.add(new_request(str(number), prompt, params, Route.HAND_OFF), 0.0)
+        received = receiver.add(new_request(str(number), prompt, params, Route.RECEIVE), 0.0)
         receiving.step(lambda: 0.0)
         while sent.phase is not Phase.HANDING_OFF:
             sending.step(lambda: 0.0)

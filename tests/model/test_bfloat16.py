@@ -16,7 +16,7 @@ import transformers
 
 from kvbaton.engine.core import Engine
 from kvbaton.engine.pool import BlockPool
-from kvbaton.engine.request import Phase, Request, Route
+from kvbaton.engine.request import Phase, Request
 from kvbaton.engine.sampling import SamplingParams
 from kvbaton.engine.scheduler import Limits, Scheduler
 from kvbaton.model import sampler
@@ -24,6 +24,7 @@ from kvbaton.model.loader import load_model
 from kvbaton.model.runner import ModelRunner
 from kvbaton.model.store import TorchKvStore
 from support import tiny_models
+from support.requests import new_request
 
 TOLERANCE = 0.05
 PROMPTS = [1, 9, 40, 61]
@@ -60,11 +61,11 @@ def generate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Reques
     scheduler = Scheduler(BlockPool(64, 8), limits, frozenset(), loaded.max_model_len)
     engine = Engine(scheduler, ModelRunner(loaded, store))
     requests = [
-        scheduler.add(str(n), prompt, SamplingParams(max_tokens=16, seed=n, temperature=1.0), Route.LOCAL, 0.0)
+        scheduler.add(new_request(str(n), prompt, SamplingParams(max_tokens=16, seed=n, temperature=1.0)), 0.0)
         for n, prompt in enumerate(tiny_models.random_prompts(PROMPTS))
     ]
     while any(request.phase is not Phase.FINISHED for request in requests):
-        assert engine.step(lambda: 0.0).error is None
+        assert not engine.step(lambda: 0.0).failed
     return [(request, noted[n]) for n, request in enumerate(requests)]
 
 

@@ -14,6 +14,7 @@ from kvbaton.model.loader import load_model
 from kvbaton.model.runner import ModelRunner
 from kvbaton.model.store import TorchKvStore
 from support import tiny_models
+from support.requests import new_request
 
 BLOCK = 8
 MAX_TOKENS = 12
@@ -36,8 +37,8 @@ class Worker:
 
     def step(self) -> None:
         result = self.engine.step(lambda: float(next(self.ticks)))
-        if result.error is not None:
-            raise result.error
+        for _, error in result.failed:
+            raise error
         self.scheduler.check_integrity()
 
 
@@ -54,7 +55,7 @@ def params(ignore_eos: bool = True) -> SamplingParams:
 def test_aggregated(folder: Path, chunk: int) -> None:
     prompts = tiny_models.random_prompts(LENGTHS)
     worker = Worker(folder, BLOCK, chunk)
-    requests = [worker.scheduler.add(str(n), prompt, params(), Route.LOCAL, 0.0) for n, prompt in enumerate(prompts)]
+    requests = [worker.scheduler.add(new_request(str(n), prompt, params()), 0.0) for n, prompt in enumerate(prompts)]
     while any(request.phase is not Phase.FINISHED for request in requests):
         worker.step()
     assert [r.output for r in requests] == tiny_models.reference_greedy(folder, prompts, MAX_TOKENS, True)
@@ -66,8 +67,8 @@ def test_moved_between_pools_of_different_block_sizes(folder: Path) -> None:
     sender, receiver = Worker(folder, BLOCK, 16), Worker(folder, 5, 16)
     outputs = []
     for n, prompt in enumerate(prompts):
-        sent = sender.scheduler.add(str(n), prompt, params(), Route.HAND_OFF, 0.0)
-        received = receiver.scheduler.add(str(n), prompt, params(), Route.RECEIVE, 0.0)
+        sent = sender.scheduler.add(new_request(str(n), prompt, params(), Route.HAND_OFF), 0.0)
+        received = receiver.scheduler.add(new_request(str(n), prompt, params(), Route.RECEIVE), 0.0)
         receiver.step()
         while sent.phase is not Phase.HANDING_OFF:
             sender.step()

@@ -11,13 +11,14 @@ import transformers
 
 from kvbaton.engine.core import Engine
 from kvbaton.engine.pool import BlockPool
-from kvbaton.engine.request import Phase, Route
+from kvbaton.engine.request import Phase
 from kvbaton.engine.sampling import SamplingParams
 from kvbaton.engine.scheduler import Limits, Scheduler
 from kvbaton.model.loader import load_model
 from kvbaton.model.runner import ModelRunner
 from kvbaton.model.store import TorchKvStore
 from support import tiny_models
+from support.requests import new_request
 
 SHAPE = tiny_models.SHAPE
 MAX_TOKENS = 8
@@ -90,11 +91,11 @@ def test_greedy_output(architecture: str, tmp_path: Path) -> None:
     engine = Engine(scheduler, ModelRunner(loaded, store))
     prompts = tiny_models.random_prompts([1, 9, 40, 17])
     sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=0, ignore_eos=True)
-    requests = [scheduler.add(str(n), prompt, sampling, Route.LOCAL, 0.0) for n, prompt in enumerate(prompts)]
+    requests = [scheduler.add(new_request(str(n), prompt, sampling), 0.0) for n, prompt in enumerate(prompts)]
     while any(request.phase is not Phase.FINISHED for request in requests):
         result = engine.step(lambda: 0.0)
-        if result.error is not None:
-            raise result.error
+        for _, error in result.failed:
+            raise error
     outputs = [request.output for request in requests]
     assert outputs == tiny_models.reference_greedy(folder, prompts, MAX_TOKENS, True)
     assert len({token for output in outputs for token in output}) > 3

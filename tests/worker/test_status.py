@@ -20,6 +20,7 @@ from kvbaton.worker.engine_thread import RequestHandle
 from kvbaton.worker.runtime import MAX_BLOCKS, WorkerRuntime, blocks_in
 from kvbaton.worker.status import WorkerServicer
 from support.fakes import GEOMETRY, PATIENCE, FakeRunner, FakeStore, make_runtime, model_info
+from support.requests import new_request
 
 LIMITS = Limits(max_prefill_tokens=8, max_decode_seqs=4, max_waiting=4)
 
@@ -49,7 +50,8 @@ async def working() -> AsyncIterator[Worker]:
 async def test_a_status_tells_who_the_worker_is_and_what_it_holds() -> None:
     async with working() as worker:
         handle = RequestHandle("a")
-        worker.runtime.engine.submit(handle, [5] * 6, SamplingParams(max_tokens=3, seed=0), Route.RECEIVE)
+        new = new_request(handle.request_id, [5] * 6, SamplingParams(max_tokens=3, seed=0), Route.RECEIVE)
+        worker.runtime.engine.submit(handle, new)
         await handle.admitted()
         status = await worker.stub.GetStatus(pb.GetStatusRequest())
         assert status == pb.WorkerStatus(

@@ -63,8 +63,8 @@ def decode(supervised: bool, **values: Any) -> None:
 def router(supervised: bool, **values: Any) -> None:
     """Run a router: clients ask it, and it asks the workers.
 
-    It listens at once and says by its health service whether it is ready: when one prefill and one decode worker of the
-    same model are connected. Workers may start later, and come and go.
+    It listens at once and says by its health service whether it is ready: when a prefill and a decode worker of the
+    same model are connected, or a worker that serves both legs. Workers may start later, and come and go.
     """
     from kvbaton.router.service import serve_router
 
@@ -126,6 +126,20 @@ def health(address: str, timeout: float) -> None:
     serving, answer = asyncio.run(is_serving(address, timeout))
     click.echo(answer)
     sys.exit(0 if serving else 1)
+
+
+@main.command()
+@click.argument("address")
+@click.option("--max-prefill-tokens", type=click.IntRange(0, 2**32 - 1), help="Prompt tokens that a step may carry.")
+@click.option("--max-decode-seqs", type=click.IntRange(0, 2**32 - 1), help="Sequences that a step may decode.")
+@click.option("--target-itl-ms", type=float, help="Milliseconds a step that decodes may take; 0: no target.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def limits(address: str, as_json: bool, **values: Any) -> None:
+    """Show or set what a step of the worker at ADDRESS (host:port) may carry, and so its role, while it runs."""
+    from kvbaton.cli.limits import run_limits
+
+    given = {name: value for name, value in values.items() if value is not None}
+    sys.exit(asyncio.run(run_limits(address, given, as_json)))
 
 
 @main.command()

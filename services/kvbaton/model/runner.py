@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from kvbaton.engine.output import SampledToken, StepOutput
 from kvbaton.engine.scheduler import Batch
 from kvbaton.model import ragged, sampler
 from kvbaton.model.loader import LoadedModel
@@ -26,7 +27,7 @@ class ModelRunner:
         self._on_layer = on_layer
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[int]:
+    def run(self, batch: Batch) -> StepOutput:
         """See `Runner.run`. Raises what torch raises, out-of-memory included."""
         tensors = ragged.build(batch, self._store.block_size, self._device)
         self._attention.batch = tensors
@@ -36,7 +37,7 @@ class ModelRunner:
         logits = self._forward(tensors.token_ids, tensors.positions, tensors.sampled_rows)
         samplers = [piece for piece in batch.slices if piece.samples]
         if not samplers:
-            return []
+            return StepOutput([])
         params = [piece.request.sampling for piece in samplers]
         positions = [piece.start + piece.num_tokens for piece in samplers]
-        return sampler.sample(logits, params, positions)
+        return StepOutput([SampledToken(token) for token in sampler.sample(logits, params, positions)])
