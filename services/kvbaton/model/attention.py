@@ -1,4 +1,4 @@
-"""How attention over paged KV enters any `transformers` decoder: by its AttentionInterface. What computes it is a backend."""
+"""How attention over paged KV enters any `transformers` decoder: by its AttentionInterface. Backends compute it."""
 
 import itertools
 from collections.abc import Callable
@@ -70,6 +70,8 @@ class PagedAttention:
     """Called with the layer's index when its KV of the current batch is in the store."""
     seen: dict[int, LayerGeometry] = field(default_factory=dict)
     """Layers that came through during the trial."""
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    """What they asked for."""
     unknown_arguments: set[str] = field(default_factory=set)
     """Arguments that a model passed and that this function does not understand."""
     name: str = field(default_factory=lambda: next(_NAMES))
@@ -101,7 +103,7 @@ class PagedAttention:
             arguments["attention_mask"] = attention_mask
             if False in (arguments.get("is_causal"), getattr(module, "is_causal", True)):
                 arguments["a view of later tokens"] = True
-            self._note(module.layer_idx, tensors, arguments)
+            self._note(module.layer_idx, tensors, shape, arguments)
         return self.attend(module.layer_idx, tensors, shape)[None], None
 
     def attend(self, layer: int, tensors: Tensors, shape: LayerShape) -> torch.Tensor:
@@ -113,9 +115,10 @@ class PagedAttention:
             self.on_layer(layer)
         return self.backend.attend(layer, tensors, shape, self.batch, self.store)
 
-    def _note(self, layer: int, tensors: Tensors, arguments: dict[str, Any]) -> None:
+    def _note(self, layer: int, tensors: Tensors, shape: LayerShape, arguments: dict[str, Any]) -> None:
         _, key, value = tensors
         self.seen[layer] = LayerGeometry(key.shape[1], key.shape[-1], value.shape[-1])
+        self.shapes[layer] = shape
         self.unknown_arguments |= {
             name
             for name, value in arguments.items()

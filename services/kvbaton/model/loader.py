@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import KvGeometry
 from kvbaton.model.attention import PagedAttention
+from kvbaton.model.cpu.allocator import keep_freed_memory
 from kvbaton.model.cpu.attention import CpuAttention
 from kvbaton.model.cpu.decoder import compiled_decoder
 from kvbaton.model.cpu.optimize import optimize
@@ -71,6 +72,7 @@ def load_model(path: str, dtype: str, device: str) -> LoadedModel:
     digest = weights_digest(model)
     forward = plain_forward(model)
     if target.type == "cpu":
+        keep_freed_memory()
         optimize(model, attention)
         forward = compiled_decoder(model) or forward
     return LoadedModel(

@@ -76,9 +76,7 @@ def _decode(
     return attend(query[: batch.num_decodes].unsqueeze(2), keys, values, mask, shape).squeeze(2)
 
 
-def _gather(
-    layer: int, tables: torch.Tensor, length: int, store: TorchKvStore
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gather(layer: int, tables: torch.Tensor, length: int, store: TorchKvStore) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `length` tokens of each of `tables` [n, blocks], as [n, kv_heads, length, d] for K and V."""
     keys = store.keys[layer][tables].flatten(1, 2)[:, :length]
     values = store.values[layer][tables].flatten(1, 2)[:, :length]

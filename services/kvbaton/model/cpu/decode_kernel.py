@@ -14,7 +14,7 @@ from kvbaton.model.cpu.numeric import element, kernel, load
 
 @kernel
 def score_tokens(query: Any, keys: Any, group: int, num_tokens: int, scores: Any) -> None:
-    """`scores` [heads, >= num_tokens] of `query` [heads + 1, dim] and one block's `keys` [block_size, kv_heads, dim]."""
+    """`scores` [heads, tokens] of `query` [heads + 1, dim] and one block's `keys` [block_size, kv_heads, dim]."""
     kv_heads, dim = keys.shape[1], keys.shape[2]
     whole = num_tokens - num_tokens % 4
     for t in range(0, whole, 4):
@@ -47,7 +47,7 @@ def score_tokens(query: Any, keys: Any, group: int, num_tokens: int, scores: Any
 
 @kernel
 def add_values(weights: Any, values: Any, group: int, num_tokens: int, sums: Any) -> None:
-    """Add `weights` [heads, >= num_tokens] times one block's `values` [block_size, kv_heads, dim] to `sums`."""
+    """Add `weights` [heads, tokens] times one block's `values` [block_size, kv_heads, dim] to `sums`."""
     kv_heads, dim = values.shape[1], values.shape[2]
     whole = num_tokens - num_tokens % 4
     for t in range(0, whole, 4):

@@ -21,7 +21,7 @@ class CompiledDecoder:
 
     def __call__(self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logits [len(rows), vocab] after the tokens in `rows` of `token_ids` and `positions` [1, tokens]."""
-        hidden = self._embed(token_ids)[0]
+        hidden: torch.Tensor = self._embed(token_ids)[0]
         cos, sin = self._rotary(hidden, positions)
         for layer in self._layers:
             hidden = layer.compute(hidden, cos[0], sin[0])

@@ -92,27 +92,26 @@ def softmax(scores: Any, softcap: Any, sink: Any) -> None:
 
 @kernel
 def masked_softmax(
-    scores: Any, first_query: int, first_key: int, window: int, scale: Any, softcap: Any, sinks: Any
+    scores: Any, first_query: int, first_key: int, window: int, scale: Any, softcap: Any, sinks: Any, weights: Any
 ) -> None:
-    """Attention weights in the place of `scores` [kv_heads, group, queries, keys].
+    """Attention `weights` of `scores` (float32, used up), both [kv_heads, group, queries, keys].
 
     Query i stands at position `first_query + i`, key j at `first_key + j`; a query sees keys up to its own position,
     and with a `window` (0: none) only that many. `scale` comes first, then `softcap` (0: none). `sinks` [heads],
-    float32 (empty: none), take their share of the weight.
+    float32 (empty: none), take their share of the weight. Weights may lie where the scores do.
     """
     kv_heads, group, queries, keys = scores.shape
-    buffer = np.empty(keys, np.float32)
     for head in range(kv_heads * group):
         sink = sinks[head] if sinks.size > 0 else np.float32(-np.inf)
         for i in range(queries):
-            line = scores[head // group, head % group, i]
+            output = weights[head // group, head % group, i]
             stop = min(keys, first_query + i + 1 - first_key)
             start = max(0, first_query + i + 1 - window - first_key) if window > 0 else 0
-            line[:start] = element(np.float32(0), line[0])
-            line[stop:] = element(np.float32(0), line[0])
-            seen, row = line[start:stop], buffer[start:stop]
+            row, seen = scores[head // group, head % group, i][start:stop], output[start:stop]
             for j in range(row.shape[0]):
-                row[j] = load(seen[j]) * scale
+                row[j] *= scale
             softmax(row, softcap, sink)
             for j in range(row.shape[0]):
                 seen[j] = element(row[j], seen[j])
+            output[:start] = element(np.float32(0), output[0])
+            output[stop:] = element(np.float32(0), output[0])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kvbaton.model.attention import LayerShape, PagedAttention
+from kvbaton.model.attention import PagedAttention
 from kvbaton.model.cpu.kernels import rotate_heads
 from kvbaton.model.cpu.linear import PackedLinear
 from kvbaton.model.cpu.modules import CompiledRmsNorm
@@ -24,10 +24,10 @@ _NO_WEIGHT = np.empty(0, np.float32)
 
 
 class CompiledLayer(nn.Module):
-    """Takes the place of a `transformers` decoder layer; `of` says whether it can."""
+    """Takes the place of a `transformers` decoder layer that `looks_common` and gives the same."""
 
     def __init__(self, layer: Any, attention: PagedAttention) -> None:
-        """`layer` has passed `looks_common`; its norms and its MLP may have been replaced already."""
+        """`layer` has passed `looks_common` and a trial of the model with `attention`; parts may have been replaced."""
         super().__init__()
         own = layer.self_attn
         self._attention, self._index = attention, int(own.layer_idx)
@@ -40,9 +40,8 @@ class CompiledLayer(nn.Module):
         norms = [getattr(own, name, None) for name in _NORMS]
         self._weights = [norm.weights if isinstance(norm, CompiledRmsNorm) else _NO_WEIGHT for norm in norms]
         self._epsilon = norms[0].epsilon if isinstance(norms[0], CompiledRmsNorm) else np.float32(0)
-        self._shape = LayerShape(
-            scaling=own.scaling, window=getattr(own, "sliding_window", None), softcap=None, sinks=None
-        )
+        # As the layer itself asked during its trial: some models keep it in places of their own.
+        self._shape = attention.shapes[self._index]
 
     def forward(
         self, hidden_states: torch.Tensor, *, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
@@ -70,7 +69,8 @@ class CompiledLayer(nn.Module):
         value = projected[:, -self._kv_heads * dim :].view(tokens, self._kv_heads, dim)
         attended = self._attention.attend(self._index, (query, key, value), self._shape)
         hidden = hidden + self._output.forward(attended.view(tokens, -1))
-        return hidden + self._mlp(self._mlp_norm.forward(hidden))
+        result: torch.Tensor = hidden + self._mlp(self._mlp_norm.forward(hidden))
+        return result
 
 
 def looks_common(layer: Any) -> bool:
@@ -85,5 +85,4 @@ def looks_common(layer: Any) -> bool:
         and all(type(getattr(own, name)) is nn.Linear for name in _PROJECTIONS)
         and all(isinstance(norm, CompiledRmsNorm) and len(norm.weights) == own.head_dim for norm in norms)
         and len(norms) in (0, len(_NORMS))
-        and hasattr(own, "scaling")
     )

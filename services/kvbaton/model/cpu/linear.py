@@ -16,10 +16,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 
     Only bfloat16 gains: float32 products run as fast from the ordinary layout.
     """
-    return dtype is torch.bfloat16 and torch.backends.mkldnn.is_available() and _has_bfloat16_kernels()
-
-
-def _has_bfloat16_kernels() -> bool:
+    if dtype is not torch.bfloat16 or not torch._C._has_mkldnn:
+        return False
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return supported
 
@@ -46,8 +44,10 @@ class PackedLinear(nn.Module):
         weight = torch.cat([linear.weight for linear in linears])
         if all(bias is None for bias in biases):
             return cls(weight, None)
-        filled = [torch.zeros(l.out_features, dtype=weight.dtype) if l.bias is None else l.bias for l in linears]
-        return cls(weight, torch.cat(filled))
+        pairs = zip(biases, linears, strict=True)
+        return cls(
+            weight, torch.cat([weight.new_zeros(linear.out_features) if b is None else b for b, linear in pairs])
+        )
 
 
 class SharedInput:

@@ -4,13 +4,17 @@ Numba has no bfloat16, and needs none: widening is a shift, narrowing a rounding
 bfloat16 and `float32` for float32, and `load` and `store` know which.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import config as _config
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -19,17 +23,37 @@ _FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 """Sums may be reordered, so that they run in vector registers; infinities and NaN keep their meaning."""
 
 
-def kernel(function: F) -> F:
-    """Compile `function` for the types that it is called with; it runs without the interpreter lock.
+def _cache_folder() -> Path | None:
+    """Where machine code is kept, one folder for each state of the sources here; None when it cannot be kept.
 
-    The machine code is kept beside the source, or in the user's cache, where one of them can be written.
+    Numba by itself notices a change in a kernel's own file only, and kernels are made of parts from several.
     """
-    options: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     try:
-        return cast(F, njit(cache=True, **options)(function))
-    except RuntimeError:
-        # There is no place for a cache: it is compiled at every start.
-        return cast(F, njit(**options)(function))
+        folder = Path.home() / ".cache" / "kvbaton" / f"kernels-{digest.hexdigest()}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+_FOLDER = _cache_folder()
+
+
+def kernel(function: F) -> F:
+    """Compile `function` for the types that it is called with; it runs without the interpreter lock."""
+    return _compiled(function, fastmath=_FAST)
+
+
+def _compiled(function: F, **options: Any) -> F:
+    config: Any = _config
+    own, config.CACHE_DIR = config.CACHE_DIR, str(_FOLDER or "")
+    try:
+        return cast(F, njit(cache=_FOLDER is not None, nogil=True, error_model="numpy", **options)(function))
+    finally:
+        config.CACHE_DIR = own
 
 
 def inlined(function: F) -> F:
@@ -37,8 +61,7 @@ def inlined(function: F) -> F:
     return cast(F, njit(inline="always", fastmath=_FAST)(function))
 
 
-@njit(cache=True, nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
-def largest_of(row: Any, start: Any) -> Any:
+def _largest_of(row: Any, start: Any) -> Any:
     """The largest of `start` and `row` [n]. NaN may or may not be overlooked: whatever follows must carry it on."""
     largest = start
     for i in range(row.shape[0]):
@@ -46,7 +69,16 @@ def largest_of(row: Any, start: Any) -> Any:
     return largest
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+# Vector registers have no maximum that heeds NaN.
+largest_of = _compiled(_largest_of, fastmath=True)
+
+
+def _intrinsic(build: Callable[..., Any]) -> Any:
+    """An operation that kernels can call, from a function that builds its instructions."""
+    return intrinsic(build)
+
+
+@_intrinsic
 def load(typing_context: Any, value: Any) -> Any:
     """An array's element as float32."""
 
@@ -59,7 +91,7 @@ def load(typing_context: Any, value: Any) -> Any:
     return types.float32(value), widen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def _bits(typing_context: Any, value: Any) -> Any:
     def reinterpret(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
@@ -67,7 +99,7 @@ def _bits(typing_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), reinterpret
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def _float(typing_context: Any, bits: Any) -> Any:
     def reinterpret(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
@@ -75,7 +107,7 @@ def _float(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), reinterpret
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def element(typing_context: Any, value: Any, like: Any) -> Any:
     """`value` for an array whose elements are of the type of `like`: float32, or bfloat16 rounded to nearest even."""
 
@@ -93,7 +125,6 @@ def element(typing_context: Any, value: Any, like: Any) -> Any:
         return builder.select(is_nan, ir.Constant(ir.IntType(16), 0x7FC0), result)
 
     return like(types.float32, like), narrow
-
 
 
 @inlined

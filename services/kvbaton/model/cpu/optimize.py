@@ -5,7 +5,7 @@ against it on random input before it takes its place; what differs stays as it w
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,13 +42,15 @@ def optimize(model: nn.Module, attention: PagedAttention) -> None:
         _replace(model, _faster_linear, generator)
 
 
-def _replace(
-    model: nn.Module, make: Callable[[nn.Module, str], nn.Module | None], generator: torch.Generator
-) -> None:
+def _replace(model: nn.Module, make: Callable[[nn.Module, str], nn.Module | None], generator: torch.Generator) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             faster = make(child, name)
-            if faster is not None and _agree(child, faster, _width(child), generator):
+            if faster is None:
+                continue
+            weight = next(child.parameters())
+            rows = _trial(weight.shape[-1], weight.dtype, generator)
+            if _agree(child, faster, lambda part, rows=rows: part(rows)):  # type: ignore[misc]
                 setattr(parent, name, faster)
 
 
@@ -59,8 +61,8 @@ def _faster_norm(module: nn.Module, _: str) -> nn.Module | None:
         return None
     # Gemma stores the factor less one.
     candidates = [CompiledRmsNorm(weight + offset, float(epsilon)) for offset in (0.0, 1.0)]
-    generator = torch.Generator().manual_seed(0)
-    return next((c for c in candidates if _agree(module, c, weight.shape[-1], generator)), None)
+    rows = _trial(weight.shape[-1], weight.dtype, torch.Generator().manual_seed(0))
+    return next((c for c in candidates if _agree(module, c, lambda part: part(rows))), None)
 
 
 def _faster_mlp(module: nn.Module, _: str) -> nn.Module | None:
@@ -77,15 +79,20 @@ def _replace_layers(model: Any, attention: PagedAttention, generator: torch.Gene
     rotary, layers = getattr(decoder, "rotary_emb", None), getattr(decoder, "layers", None)
     if rotary is None or not isinstance(layers, nn.ModuleList):
         return
-    for index, layer in enumerate(layers):
+    for index in range(len(layers)):
+        layer: Any = layers[index]
         if not looks_common(layer):
             continue
         rows = _trial(layer.self_attn.q_proj.in_features, layer.self_attn.q_proj.weight.dtype, generator)
         embeddings = rotary(rows, torch.arange(_TRIAL_ROWS)[None])
         faster = CompiledLayer(layer, attention)
-        old, new = (part(rows, position_embeddings=embeddings, attention_mask=None) for part in (layer, faster))
-        # The layer's input goes through it unchanged, and would hide a difference.
-        if _close(old - rows, new - rows):
+
+        def change(part: nn.Module, rows: Any = rows, embeddings: Any = embeddings) -> torch.Tensor:
+            # The layer's input goes through it unchanged, and would hide a difference.
+            output: torch.Tensor = part(rows, position_embeddings=embeddings, attention_mask=None) - rows
+            return output
+
+        if _agree(layer, faster, change):
             layers[index] = faster
 
 
@@ -111,20 +118,9 @@ def _linears(modules: Sequence[nn.Module | None]) -> list[nn.Linear]:
     return [module for module in modules if type(module) is nn.Linear]
 
 
-def _width(module: nn.Module) -> int:
-    first = next(_weights(module))
-    return int(first.shape[-1])
-
-
-def _weights(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-
-
-def _agree(old: nn.Module, new: nn.Module, width: int, generator: torch.Generator) -> bool:
-    dtype = next(_weights(old)).dtype
+def _agree(old: nn.Module, new: nn.Module, output: Callable[[nn.Module], torch.Tensor]) -> bool:
     try:
-        rows = _trial(width, dtype, generator)
-        return _close(old(rows), new(rows))
+        return _close(output(old), output(new))
     except Exception:
         logger.debug("%s was not replaced", type(old).__name__, exc_info=True)
         return False
