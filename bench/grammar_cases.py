@@ -195,6 +195,12 @@ _REF_BOMB = {
     | {"d30": {"type": "integer"}},
 }
 
+_LONG_CHAIN = {
+    "$ref": "#/$defs/d0",
+    "$defs": {f"d{n}": {"properties": {"a": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(1_300)}
+    | {"d1300": {"type": "integer"}},
+}
+
 NASTY: dict[str, tuple[str, str]] = {
     "regex (a{1,1000}){1,1000}": ("regex", "(a{1,1000}){1,1000}"),
     "regex ((a{1,100}){1,100}){1,100}": ("regex", "((a{1,100}){1,100}){1,100}"),
@@ -214,6 +220,7 @@ NASTY: dict[str, tuple[str, str]] = {
     "1 MB of properties": ("json_schema", json.dumps(_wide(30_000))),
     "$ref to itself": ("json_schema", json.dumps({"$ref": "#"})),
     "2^30 $refs": ("json_schema", json.dumps(_REF_BOMB)),
+    "1,300 $refs in a chain": ("json_schema", json.dumps(_LONG_CHAIN)),
     "multipleOf 7919 and 7907": (
         "json_schema",
         json.dumps({"allOf": [{"type": "integer", "multipleOf": 7919}, {"multipleOf": 7907}]}),
