@@ -14,6 +14,7 @@ from kvbaton.model.loader import load_model
 from kvbaton.model.runner import ModelRunner
 from kvbaton.model.store import TorchKvStore
 from support import tiny_models
+from support.requests import new_request
 
 pytestmark = [
     pytest.mark.cuda,
@@ -32,7 +33,7 @@ def worker(folder: Path) -> tuple[Scheduler, Engine, TorchKvStore]:
     return scheduler, Engine(scheduler, ModelRunner(loaded, store)), store
 
 
-@pytest.mark.parametrize("architecture", list(tiny_models.CONFIGS))
+@pytest.mark.parametrize("architecture", list(tiny_models.ARCHITECTURES))
 def test_moved_kv_gives_the_answers_of_transformers(architecture: str, tmp_path: Path) -> None:
     # TensorFloat-32 rounds far coarser than float32 does.
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -43,8 +44,8 @@ def test_moved_kv_gives_the_answers_of_transformers(architecture: str, tmp_path:
     receiver, receiving, sink = worker(folder)
     requests = []
     for number, prompt in enumerate(prompts):
-        sent = sender.add(str(number), prompt, params, Route.HAND_OFF, 0.0)
-        received = receiver.add(str(number), prompt, params, Route.RECEIVE, 0.0)
+        sent = sender.add(new_request(str(number), prompt, params, Route.HAND_OFF), 0.0)
+        received = receiver.add(new_request(str(number), prompt, params, Route.RECEIVE), 0.0)
         receiving.step(lambda: 0.0)
         while sent.phase is not Phase.HANDING_OFF:
             sending.step(lambda: 0.0)

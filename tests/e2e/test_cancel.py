@@ -45,13 +45,13 @@ def ask_long_prompt(client: AsyncClient) -> AsyncGeneration:
 
 
 async def test_while_it_waits_for_blocks_on_decode(running: Cluster, client: AsyncClient) -> None:
-    first = ask_long_answer(client)
-    await wait_for_status(running.decode, lambda s: s.queues.num_decoding == 1)
-    second = ask_long_answer(client)
+    first = ask_long_prompt(client)
+    await wait_for_status(running.decode, lambda s: s.queues.num_receiving == 1)
+    second = client.generate([6] * LONG, max_tokens=8)
     await wait_for_status(running.decode, lambda s: s.queues.num_waiting == 1)
     await second.aclose()
     status = await wait_for_status(running.decode, lambda s: s.queues.num_waiting == 0)
-    assert status.queues.num_decoding == 1, "the other request goes on"
+    assert status.queues.num_receiving == 1, "the other request goes on"
     await first.aclose()
     await running.assert_idle()
 

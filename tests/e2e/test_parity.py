@@ -21,7 +21,7 @@ def ignore_line(name: str, line: str) -> None:
     """Log lines matter to people only."""
 
 
-@pytest.mark.parametrize("architecture", list(tiny_models.CONFIGS))
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3", "mixtral"])
 async def test_greedy_answers_equal_transformers(architecture: str, tmp_path: Path) -> None:
     folder = tiny_models.save_tiny_model(architecture, tmp_path)
     prompts = tiny_models.random_prompts(LENGTHS)
@@ -43,19 +43,21 @@ async def test_greedy_answers_equal_transformers(architecture: str, tmp_path: Pa
         first, second = deployment.prefill[0].address, deployment.decode[0].address
         await assert_idle(first, second)
         sender, receiver = await worker_status(first), await worker_status(second)
-    check_counters(sender, receiver, num_prompt_tokens=2 * sum(LENGTHS), num_requests=2 * len(LENGTHS))
+    # The second time, both workers have the prompts' full blocks, without the last token's, in their prefix caches.
+    lacked = sum(LENGTHS) + sum(length - (length - 1) // BLOCK * BLOCK for length in LENGTHS)
+    check_counters(sender, receiver, lacked, num_requests=2 * len(LENGTHS))
 
 
 def check_counters(
-    sender: worker_pb2.WorkerStatus, receiver: worker_pb2.WorkerStatus, num_prompt_tokens: int, num_requests: int
+    sender: worker_pb2.WorkerStatus, receiver: worker_pb2.WorkerStatus, num_tokens: int, num_requests: int
 ) -> None:
     groups = sender.model.kv_geometry.layer_groups
     token_bytes = 4 * sum(g.num_layers * g.num_kv_heads * (g.k_head_dim + g.v_head_dim) for g in groups)
     assert token_bytes > 0
-    assert receiver.counters.kv_bytes_received == num_prompt_tokens * token_bytes
-    assert sender.counters.kv_bytes_sent == num_prompt_tokens * token_bytes
+    assert receiver.counters.kv_bytes_received == num_tokens * token_bytes
+    assert sender.counters.kv_bytes_sent == num_tokens * token_bytes
     assert receiver.counters.transfers_applied == num_requests
-    assert sender.counters.prefill_tokens_computed == num_prompt_tokens
+    assert sender.counters.prefill_tokens_computed == num_tokens
     assert receiver.counters.prefill_tokens_computed == 0
     assert sender.counters.decode_tokens_computed == 0
     assert receiver.counters.decode_tokens_computed > 0

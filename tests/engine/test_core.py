@@ -1,15 +1,19 @@
 """A step admits, computes and records; a runner that fails ends its own batch and nothing else."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 
 from kvbaton.engine.core import Engine
+from kvbaton.engine.output import SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Phase, Request, Route
 from kvbaton.engine.sampling import SamplingParams
-from kvbaton.engine.scheduler import Batch, Limits, Scheduler
+from kvbaton.engine.scheduler import Batch, Limits, Scheduler, StepResult
+from support.requests import new_request
+
+serial = itertools.count()
 
 
 class FakeRunner:
@@ -20,13 +24,13 @@ class FakeRunner:
         self.batches: list[list[tuple[str, int, int]]] = []
         self.error: BaseException | None = None
 
-    def run(self, batch: Batch) -> Sequence[int]:
+    def run(self, batch: Batch) -> StepOutput:
         """See `Runner.run`."""
         self.batches.append([(s.request.request_id, s.start, s.num_tokens) for s in batch.slices])
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        return [next(self.tokens) for piece in batch.slices if piece.samples]
+        return StepOutput([SampledToken(next(self.tokens)) for piece in batch.slices if piece.samples])
 
 
 def ticking() -> Callable[[], float]:
@@ -42,13 +46,15 @@ def make(max_prefill_tokens: int = 4, max_decode_seqs: int = 8) -> tuple[Engine,
 
 def add(engine: Engine, name: str, num_prompt: int, max_tokens: int = 3, route: Route = Route.LOCAL) -> Request:
     sampling = SamplingParams(max_tokens=max_tokens, seed=0)
-    return engine.scheduler.add(name, [7] * num_prompt, sampling, route, 0.0)
+    # No two prompts begin alike: the prefix cache has tests of its own.
+    prompt = [7 + next(serial), *[7] * (num_prompt - 1)]
+    return engine.scheduler.add(new_request(name, prompt, sampling, route), 0.0)
 
 
 def test_an_idle_step_computes_nothing() -> None:
     engine, runner = make()
     result = engine.step(ticking())
-    assert (result.admitted, result.sampled, result.failed, result.error, result.worked) == ([], [], [], None, False)
+    assert result == StepResult()
     assert runner.batches == []
     assert engine.counters.num_steps == 0
 
@@ -94,7 +100,7 @@ def test_milestones_come_from_the_steps_clock() -> None:
     request = add(engine, "a", 2, max_tokens=1)
     engine.step(ticking())
     at = request.milestones
-    assert (at.admitted, at.prefill_started, at.prefill_ended, at.finished) == (0.0, 1.0, 2.0, 2.0)
+    assert (at.admitted, at.prefill_started, at.prefill_ended, at.finished) == (1.0, 2.0, 3.0, 3.0)
 
 
 def test_a_failing_runner_ends_its_batch_and_nobody_else() -> None:
@@ -107,9 +113,10 @@ def test_a_failing_runner_ends_its_batch_and_nobody_else() -> None:
     waiting = add(engine, "waiting", 20)
     runner.error = RuntimeError("out of memory")
     result = engine.step(clock)
-    assert result.failed == [decoding, prompt]
-    assert result.error is not None
-    assert str(result.error) == "out of memory"
+    assert [(request, str(error)) for request, error in result.failed] == [
+        (decoding, "out of memory"),
+        (prompt, "out of memory"),
+    ]
     assert result.worked
     assert result.sampled == []
     assert [r.phase for r in (decoding, prompt)] == [Phase.FINISHED] * 2
@@ -121,7 +128,7 @@ def test_a_failing_runner_ends_its_batch_and_nobody_else() -> None:
 
     engine.scheduler.kv_received("received", 50, 0.0)
     while waiting.phase is not Phase.FINISHED:
-        assert engine.step(clock).error is None
+        assert not engine.step(clock).failed
     assert [len(r.output) for r in (idle, received, waiting)] == [3, 3, 3]
     assert engine.scheduler.pool.num_free == 8
 
@@ -138,7 +145,7 @@ def test_a_failed_prompt_keeps_its_blocks_while_a_transfer_may_read_them() -> No
     engine, runner = make()
     request = add(engine, "a", 6, route=Route.HAND_OFF)
     runner.error = RuntimeError("out of memory")
-    assert engine.step(ticking()).failed == [request]
+    assert [failed for failed, _ in engine.step(ticking()).failed] == [request]
     assert request.blocks
     assert not engine.step(ticking()).worked, "it is not tried again"
     engine.scheduler.check_integrity()

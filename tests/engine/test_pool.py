@@ -1,11 +1,8 @@
-"""Every block has exactly the holders that say so, whatever is allocated, shared and released in whatever order."""
+"""Every block has exactly the holders that say so, and is found by its prefix until it is used for something else."""
 
 import copy
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from kvbaton.engine.pool import BlockPool
 
@@ -70,7 +67,7 @@ def test_a_free_block_can_be_neither_retained_nor_released() -> None:
     pool = BlockPool(1, 4)
     blocks = pool.allocate(1)
     pool.release(blocks)
-    with pytest.raises(AssertionError, match="is free"):
+    with pytest.raises(AssertionError, match="is empty"):
         pool.retain(blocks)
     with pytest.raises(AssertionError, match="released twice"):
         pool.release(blocks)
@@ -93,81 +90,116 @@ def test_integrity_finds_a_block_with_two_holders_and_one_reference() -> None:
 def test_integrity_finds_a_held_block_in_the_free_list() -> None:
     pool = BlockPool(3, 4)
     blocks = pool.allocate(1)
-    pool._free.extend(blocks)
-    with pytest.raises(AssertionError, match="free list differs"):
+    pool._empty.extend(blocks)
+    with pytest.raises(AssertionError, match="free blocks differ"):
         pool.check_integrity([blocks])
 
 
 def test_integrity_finds_a_lost_block() -> None:
     pool = BlockPool(3, 4)
-    pool._free.pop()
-    with pytest.raises(AssertionError, match="free list differs"):
+    pool._empty.pop()
+    with pytest.raises(AssertionError, match="free blocks differ"):
         pool.check_integrity([])
+
+
+def test_a_registered_block_is_found_until_it_is_needed_for_something_else() -> None:
+    pool = BlockPool(2, 4)
+    blocks = pool.allocate(2)
+    pool.register(blocks[0], b"a")
+    assert pool.match([b"a", b"b"]) == [blocks[0]]
+    pool.release(blocks)
+    assert (pool.num_free, pool.num_cached) == (2, 1)
+    assert pool.match([b"a"]) == [blocks[0]]
+    assert pool.allocate(1) == [blocks[1]], "an empty block is taken first"
+    assert pool.match([b"a"]) == [blocks[0]]
+    assert pool.allocate(1) == [blocks[0]]
+    assert pool.match([b"a"]) == []
+    assert pool.num_cached == 0
+    pool.check_integrity([blocks])
+
+
+def test_a_match_ends_at_the_first_miss_and_asks_for_nothing_beyond() -> None:
+    pool = BlockPool(3, 4)
+    blocks = pool.allocate(2)
+    pool.register(blocks[0], b"a")
+    pool.register(blocks[1], b"c")
+    digests = iter([b"a", b"b", b"c"])
+    assert pool.match(digests) == [blocks[0]]
+    assert next(digests) == b"c"
+
+
+def test_a_cached_block_that_is_retained_is_held_again() -> None:
+    pool = BlockPool(2, 4)
+    blocks = pool.allocate(1)
+    pool.register(blocks[0], b"a")
+    pool.release(blocks)
+    pool.retain(blocks)
+    assert (pool.num_free, pool.num_cached) == (1, 0)
+    pool.check_integrity([blocks])
+
+
+def test_what_is_about_to_be_reused_is_not_there_to_allocate() -> None:
+    pool = BlockPool(3, 4)
+    blocks, held = pool.allocate(2), pool.allocate(1)
+    for block, digest in zip(blocks + held, (b"a", b"b", b"c"), strict=True):
+        pool.register(block, digest)
+    pool.release(blocks)
+    assert [pool.can_allocate(n, reusing=blocks[:1] + held) for n in range(4)] == [True, True, False, False]
+    pool.retain(blocks[:1])
+    assert pool.can_allocate(1)
+    assert not pool.can_allocate(2)
+
+
+def test_the_least_recently_released_is_evicted_first_and_of_a_list_its_end() -> None:
+    pool = BlockPool(4, 4)
+    early, late = pool.allocate(2), pool.allocate(2)
+    for block, digest in zip(early + late, (b"a", b"b", b"c", b"d"), strict=True):
+        pool.register(block, digest)
+    pool.release(early)
+    pool.release(late)
+    assert pool.allocate(4) == [*reversed(early), *reversed(late)]
+
+
+def test_the_same_kv_is_registered_once() -> None:
+    pool = BlockPool(2, 4)
+    first, second = pool.allocate(1), pool.allocate(1)
+    pool.register(first[0], b"a")
+    pool.register(second[0], b"a")
+    assert pool.match([b"a"]) == first
+    pool.release(second)
+    assert pool.num_cached == 0
+    pool.check_integrity([first])
+
+
+def test_forgotten_blocks_are_found_no_more_and_stay_with_their_holders() -> None:
+    pool = BlockPool(2, 4)
+    blocks = pool.allocate(2)
+    pool.register(blocks[0], b"a")
+    pool.forget(blocks)
+    assert pool.match([b"a"]) == []
+    pool.check_integrity([blocks])
+    pool.release(blocks)
+    assert (pool.num_free, pool.num_cached) == (2, 0)
+
+
+def test_only_held_blocks_are_registered_or_forgotten() -> None:
+    pool = BlockPool(1, 4)
+    with pytest.raises(AssertionError, match="is not held"):
+        pool.register(0, b"a")
+    with pytest.raises(AssertionError, match="is not held"):
+        pool.forget([0])
+
+
+def test_integrity_finds_a_cache_that_differs_from_its_blocks() -> None:
+    pool = BlockPool(2, 4)
+    blocks = pool.allocate(1)
+    pool.register(blocks[0], b"a")
+    pool._digests[blocks[0]] = None
+    with pytest.raises(AssertionError, match="prefix cache differs"):
+        pool.check_integrity([blocks])
 
 
 def test_repr_says_how_full_it_is() -> None:
     pool = BlockPool(3, 4)
     pool.allocate(1)
     assert repr(pool) == "<BlockPool 2 of 3 blocks free, 4 tokens each>"
-
-
-class PoolMachine(RuleBasedStateMachine):
-    """Holders come, share and go; the model is a list of what each holds."""
-
-    holders = Bundle("holders")
-
-    @initialize(num_blocks=st.integers(1, 12))
-    def make(self, num_blocks: int) -> None:
-        """A pool and nobody in it."""
-        self.pool = BlockPool(num_blocks, 4)
-        self.held: dict[int, list[int]] = {}
-        self.serial = 0
-
-    def _hold(self, blocks: list[int]) -> int:
-        self.serial += 1
-        self.held[self.serial] = blocks
-        return self.serial
-
-    @rule(target=holders, num_blocks=st.integers(0, 6))
-    def allocate(self, num_blocks: int) -> int:
-        """Take blocks that nobody had; where they are not there, nothing happens."""
-        if not self.pool.can_allocate(num_blocks):
-            assert num_blocks > self.pool.num_free
-            return self._hold([])
-        taken = {block for blocks in self.held.values() for block in blocks}
-        blocks = self.pool.allocate(num_blocks)
-        assert taken.isdisjoint(blocks)
-        assert len(set(blocks)) == num_blocks
-        return self._hold(blocks)
-
-    @rule(target=holders, holder=holders, data=st.data())
-    def share(self, holder: int, data: st.DataObject) -> int:
-        """A second holder of the first few of somebody's blocks."""
-        count = data.draw(st.integers(0, len(self.held[holder])))
-        blocks = self.held[holder][:count]
-        self.pool.retain(blocks)
-        return self._hold(blocks)
-
-    @rule(holder=consumes(holders))
-    def release(self, holder: int) -> None:
-        """Somebody goes."""
-        self.pool.release(self.held.pop(holder))
-
-    @invariant()
-    def every_block_is_accounted_for(self) -> None:
-        """The pool agrees with the model."""
-        self.pool.check_integrity(list(self.held.values()))
-        taken = {block for blocks in self.held.values() for block in blocks}
-        assert self.pool.num_free == self.pool.num_blocks - len(taken)
-
-    def teardown(self) -> None:
-        """When all have gone, all is free."""
-        if not hasattr(self, "pool"):
-            return
-        for blocks in self.held.values():
-            self.pool.release(blocks)
-        assert self.pool.num_free == self.pool.num_blocks
-
-
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-TestPoolMachine = PoolMachine.TestCase

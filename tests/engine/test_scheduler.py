@@ -1,59 +1,15 @@
 """Who is admitted, who computes what in which step, how requests end, and what is refused: rule by rule."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 
 from kvbaton.engine.errors import InvalidArgumentError, OverloadedError
-from kvbaton.engine.pool import BlockPool
-from kvbaton.engine.request import TRANSITIONS, Phase, Request, Route
+from kvbaton.engine.request import TRANSITIONS, Phase, Route
 from kvbaton.engine.sampling import FinishReason, SamplingParams
-from kvbaton.engine.scheduler import Batch, Counts, Limits, Scheduler
-
-EOS = 2
-BLOCK = 4
-NEVER_EOS = 50
-
-
-def scheduler(
-    num_blocks: int = 16, prefill: int = 100, decode: int = 8, waiting: int = 10, model_len: int = 1000
-) -> Scheduler:
-    limits = Limits(max_prefill_tokens=prefill, max_decode_seqs=decode, max_waiting=waiting)
-    return Scheduler(BlockPool(num_blocks, BLOCK), limits, frozenset({EOS}), model_len)
-
-
-def params(
-    max_tokens: int = 4, stop_token_ids: frozenset[int] = frozenset(), ignore_eos: bool = False
-) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, seed=0, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos)
-
-
-def add(
-    of: Scheduler, name: str, num_prompt: int = 3, max_tokens: int = 4, route: Route = Route.LOCAL, now: float = 0.0
-) -> Request:
-    return of.add(name, list(range(10, 10 + num_prompt)), params(max_tokens), route, now)
-
-
-def work(batch: Batch) -> list[tuple[str, int, int, bool]]:
-    return [(s.request.request_id, s.start, s.num_tokens, s.samples) for s in batch.slices]
-
-
-def step(of: Scheduler, token: int = NEVER_EOS, now: float = 0.0) -> list[tuple[str, int, int, bool]]:
-    """Admit, schedule and commit one step in which every sampled token is `token`; return its work."""
-    of.admit(now)
-    batch = of.schedule(now)
-    done = work(batch)
-    of.commit(batch, [token for piece in batch.slices if piece.samples], now)
-    of.check_integrity()
-    return done
-
-
-def ended(request: Request) -> bool:
-    return request.phase is Phase.FINISHED
-
-
-def names(requests: Sequence[Request]) -> list[str]:
-    return [request.request_id for request in requests]
+from kvbaton.engine.scheduler import Counts, Limits, Scheduler
+from support.requests import new_request
+from support.scheduling import EOS, NEVER_EOS, add, ended, names, output, params, scheduler, step, work
 
 
 def test_admission_is_in_order_and_nobody_overtakes_the_head_of_the_line() -> None:
@@ -68,14 +24,34 @@ def test_admission_is_in_order_and_nobody_overtakes_the_head_of_the_line() -> No
     assert of.pool.num_free == 0
 
 
-def test_admission_takes_the_blocks_of_the_whole_life() -> None:
-    of = scheduler()
-    # The last token's KV is never needed: 3 + 6 - 1 tokens in blocks of 4.
-    local = add(of, "local", num_prompt=3, max_tokens=6)
-    receive = add(of, "receive", num_prompt=3, max_tokens=7, route=Route.RECEIVE)
-    hand_off = add(of, "hand_off", num_prompt=3, max_tokens=600, route=Route.HAND_OFF)
+@pytest.mark.parametrize("route", [Route.LOCAL, Route.RECEIVE])
+@pytest.mark.parametrize(("num_prompt", "max_tokens", "blocks"), [(3, 600, 1), (4, 600, 2), (4, 1, 1), (7, 2, 2)])
+def test_admission_takes_the_blocks_of_the_prompt_and_one_token(
+    route: Route, num_prompt: int, max_tokens: int, blocks: int
+) -> None:
+    # The last token's KV is never needed.
+    of = scheduler(num_blocks=200)
+    request = add(of, "a", num_prompt, max_tokens, route)
     of.admit(0.0)
-    assert [len(r.blocks) for r in (local, receive, hand_off)] == [2, 3, 1]
+    assert len(request.blocks) == blocks
+
+
+def test_a_request_to_be_handed_off_takes_the_blocks_of_its_prompt() -> None:
+    of = scheduler()
+    request = add(of, "a", num_prompt=4, max_tokens=600, route=Route.HAND_OFF)
+    of.admit(0.0)
+    assert len(request.blocks) == 1
+
+
+def test_an_admission_leaves_a_block_for_everybody_who_may_need_another_one() -> None:
+    of = scheduler(num_blocks=4)
+    add(of, "grows", num_prompt=4, max_tokens=8)
+    add(of, "fits exactly", num_prompt=4, max_tokens=1)
+    late = add(of, "late", num_prompt=4, max_tokens=1)
+    assert names(of.admit(0.0)) == ["grows", "fits exactly"]
+    assert late.phase is Phase.WAITING
+    of.remove("grows", 0.0)
+    assert names(of.admit(0.0)) == ["late"]
 
 
 def test_the_order_of_a_step_is_decodes_then_begun_prompts_then_new_ones() -> None:
@@ -83,8 +59,8 @@ def test_the_order_of_a_step_is_decodes_then_begun_prompts_then_new_ones() -> No
     add(of, "decoding", num_prompt=2)
     assert step(of) == [("decoding", 0, 2, True)]
     add(of, "begun", num_prompt=8)
-    add(of, "new", num_prompt=3)
     assert step(of) == [("decoding", 2, 1, True), ("begun", 0, 5, False)]
+    add(of, "new", num_prompt=3)
     assert step(of) == [("decoding", 3, 1, True), ("begun", 5, 3, True), ("new", 0, 2, False)]
     assert step(of) == [("decoding", 4, 1, True), ("begun", 8, 1, True), ("new", 2, 1, True)]
 
@@ -110,7 +86,7 @@ def test_chunks_cover_the_prompt_once_and_the_last_one_samples() -> None:
         batch = of.schedule(0.0)
         shapes += work(batch)
         fed += batch.slices[0].token_ids()
-        of.commit(batch, [NEVER_EOS] if batch.slices[0].samples else [], 0.0)
+        of.commit(batch, output(*[NEVER_EOS] * batch.slices[0].samples), 0.0)
     assert shapes == [("a", 0, 4, False), ("a", 4, 4, False), ("a", 8, 2, True)]
     assert fed == request.prompt
     assert list(of.schedule(0.0).slices[0].token_ids()) == [NEVER_EOS]
@@ -121,6 +97,28 @@ def test_scheduling_again_without_a_commit_gives_the_same_work() -> None:
     add(of, "a", num_prompt=10)
     of.admit(0.0)
     assert work(of.schedule(0.0)) == work(of.schedule(1.0))
+
+
+def test_priorities_come_before_arrival_in_line_in_prompts_and_in_decodes() -> None:
+    of = scheduler(decode=2, prefill=8)
+    for name, priority in (("late", 1), ("usual", 0), ("urgent", -1)):
+        add(of, name, num_prompt=4, priority=priority)
+    assert names(of.admit(0.0)) == ["urgent", "usual", "late"]
+    assert [name for name, *_ in step(of)] == ["urgent", "usual"]
+    assert [name for name, *_ in step(of)] == ["urgent", "usual", "late"]
+    assert [name for name, *_ in step(of)] == ["urgent", "usual"]
+
+
+def test_limits_change_between_steps() -> None:
+    of = scheduler(prefill=0, decode=0)
+    add(of, "d", route=Route.RECEIVE)
+    add(of, "p", num_prompt=8)
+    assert step(of) == []
+    of.kv_received("d", NEVER_EOS, 0.0)
+    of.set_limits(Limits(max_prefill_tokens=5, max_decode_seqs=1, max_waiting=1))
+    assert [name for name, *_ in step(of)] == ["d", "p"]
+    of.set_limits(Limits(max_prefill_tokens=5, max_decode_seqs=0, max_waiting=1))
+    assert step(of) == [("p", 5, 3, True)]
 
 
 def test_at_most_max_decode_seqs_decode_and_the_oldest_go_first() -> None:
@@ -164,7 +162,7 @@ def test_a_received_request_computes_no_prompt_and_decodes_after_its_kv() -> Non
     request = add(of, "a", num_prompt=6, max_tokens=3, route=Route.RECEIVE)
     assert step(of) == []
     assert request.phase is Phase.RECEIVING
-    event = of.kv_received("a", 33, 1.0)
+    (event,) = of.kv_received("a", 33, 1.0).sampled
     assert (event.index, event.token_id, event.finish_reason) == (0, 33, None)
     assert step(of) == [("a", 6, 1, True)]
     assert step(of) == [("a", 7, 1, True)]
@@ -176,7 +174,8 @@ def test_a_received_first_token_may_be_the_last() -> None:
     of = scheduler()
     request = add(of, "a", route=Route.RECEIVE)
     of.admit(0.0)
-    assert of.kv_received("a", EOS, 1.0).finish_reason is FinishReason.STOP
+    (event,) = of.kv_received("a", EOS, 1.0).sampled
+    assert event.finish_reason is FinishReason.STOP
     assert request.phase is Phase.FINISHED
     assert of.pool.num_free == of.pool.num_blocks
 
@@ -204,14 +203,17 @@ def test_kv_is_taken_only_by_a_request_that_waits_for_it() -> None:
         (params(4), [9, 9, 9, 9], FinishReason.LENGTH),
         (params(1), [9], FinishReason.LENGTH),
         (params(2), [9, EOS], FinishReason.STOP),
+        (params(4, min_tokens=2), [EOS, EOS], FinishReason.STOP),
+        (params(2, min_tokens=2, stop_token_ids=frozenset({7})), [7, 9], FinishReason.LENGTH),
     ],
 )
 def test_finish_reasons(sampling: SamplingParams, tokens: list[int], reason: FinishReason) -> None:
     of = scheduler()
-    request = of.add("a", [1, 2, 3], sampling, Route.LOCAL, 0.0)
+    request = of.add(new_request("a", [1, 2, 3], sampling), 0.0)
     of.admit(0.0)
     for index, token in enumerate(tokens):
-        (event,) = of.commit(of.schedule(0.0), [token], 0.0)
+        of.make_room(0.0)
+        (event,) = of.commit(of.schedule(0.0), output(token), 0.0).sampled
         last = index == len(tokens) - 1
         assert (event.index, event.token_id) == (index, token)
         assert event.finish_reason is (reason if last else None)
@@ -227,7 +229,7 @@ def test_commit_takes_one_token_for_each_slice_that_samples(tokens: list[int]) -
     add(of, "a")
     of.admit(0.0)
     with pytest.raises(AssertionError, match=f"{len(tokens)} tokens for 1 slices"):
-        of.commit(of.schedule(0.0), tokens, 0.0)
+        of.commit(of.schedule(0.0), output(*tokens), 0.0)
 
 
 REFUSALS: dict[str, tuple[Callable[[Scheduler], object], type[Exception], str]] = {
@@ -265,8 +267,9 @@ def test_a_refused_request_leaves_nothing_behind(case: str) -> None:
 def test_what_just_fits_the_context_and_the_pool_is_taken() -> None:
     of = scheduler(num_blocks=10, model_len=41)
     request = add(of, "a", num_prompt=30, max_tokens=11)
-    of.admit(0.0)
-    assert len(request.blocks) == 10
+    while not ended(request):
+        assert step(of)
+    assert len(request.output) == 11
 
 
 def test_an_id_can_be_used_again_after_its_request_has_ended() -> None:

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvbaton.engine.errors import OverloadedError
+from kvbaton.engine.output import SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Phase, Request, Route
 from kvbaton.engine.sampling import FinishReason, SamplingParams
 from kvbaton.engine.scheduler import Batch, Limits, Scheduler, TokenSampled
+from support.requests import new_request
 
 EOS = 2
 TOKENS = st.lists(st.integers(0, 20), min_size=1, max_size=5)
@@ -48,9 +50,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """A request comes, and waits, or is refused for one of the two reasons that there are."""
         sampling = SamplingParams(max_tokens=max_tokens, seed=0, ignore_eos=ignore_eos)
         try:
-            request = self.scheduler.add(
-                str(len(self.requests)), range(100, 100 + num_prompt), sampling, route, self.now
-            )
+            new = new_request(str(len(self.requests)), range(100, 100 + num_prompt), sampling, route)
+            request = self.scheduler.add(new, self.now)
         except OverloadedError:
             line_is_full = len(self._in(Phase.WAITING)) == self.scheduler.limits.max_waiting
             kv_tokens = num_prompt + (0 if route is Route.HAND_OFF else max_tokens - 1)
@@ -65,12 +66,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         """One step of the engine."""
         self.now += 1
         waiting = self._in(Phase.WAITING)
+        self.scheduler.make_room(self.now)
         admitted = self.scheduler.admit(self.now)
         assert admitted == waiting[: len(admitted)]
         batch = self.scheduler.schedule(self.now)
         self._check_batch(batch)
         samplers = [piece.request for piece in batch.slices if piece.samples]
-        events = self.scheduler.commit(batch, list(itertools.islice(itertools.cycle(tokens), len(samplers))), self.now)
+        sampled = [SampledToken(token) for token in itertools.islice(itertools.cycle(tokens), len(samplers))]
+        events = self.scheduler.commit(batch, StepOutput(sampled), self.now).sampled
         assert [event.request for event in events] == samplers
         for event in events:
             self.events[event.request].append(event)
@@ -81,7 +84,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         kinds = [piece.is_prefill for piece in batch.slices]
         assert kinds == sorted(kinds)
         assert batch.num_decode_tokens == min(len(decoding), limits.max_decode_seqs)
-        uncomputed = sum(request.num_uncomputed_prompt for request in prefilling)
+        uncomputed = sum(request.num_uncomputed for request in prefilling)
         assert batch.num_prefill_tokens == min(uncomputed, limits.max_prefill_tokens)
         assert len({piece.request.request_id for piece in batch.slices}) == len(batch.slices)
         for piece in batch.slices:
@@ -96,7 +99,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._receive(data.draw(st.sampled_from(receiving)), tokens[0])
 
     def _receive(self, request: Request, token: int) -> None:
-        self.events[request].append(self.scheduler.kv_received(request.request_id, token, self.now))
+        self.events[request] += self.scheduler.kv_received(request.request_id, token, self.now).sampled
 
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:

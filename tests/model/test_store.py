@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from kvbaton.engine.core import Engine
 from kvbaton.engine.geometry import DTYPE_BYTES, KvGeometry, LayerGeometry
 from kvbaton.engine.pool import BlockPool
-from kvbaton.engine.request import Phase, Route
+from kvbaton.engine.request import Phase
 from kvbaton.engine.sampling import SamplingParams
 from kvbaton.engine.scheduler import Limits, Scheduler
 from kvbaton.model.loader import load_model
 from kvbaton.model.runner import ModelRunner
 from kvbaton.model.store import TorchKvStore
 from support import tiny_models
+from support.requests import new_request
 
 CPU = torch.device("cpu")
 LAYERS = st.lists(st.builds(LayerGeometry, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)), min_size=1)
@@ -123,9 +124,9 @@ def answers(folder: Path, garbage: float) -> list[list[int]]:
     engine = Engine(scheduler, ModelRunner(loaded, store))
     sampling = SamplingParams(max_tokens=9, seed=0)
     prompts = tiny_models.random_prompts([1, 30, 5, 13])
-    requests = [scheduler.add(str(n), prompt, sampling, Route.LOCAL, 0.0) for n, prompt in enumerate(prompts)]
+    requests = [scheduler.add(new_request(str(n), prompt, sampling), 0.0) for n, prompt in enumerate(prompts)]
     while any(request.phase is not Phase.FINISHED for request in requests):
-        assert engine.step(lambda: 0.0).error is None
+        assert not engine.step(lambda: 0.0).failed
     return [request.output for request in requests]
 
 

@@ -42,7 +42,7 @@ class FakeTokenizer(Tokenizer):
 
 def ask(prompt: list[int] | None = None, request_id: str = "", **sampling: Any) -> AdmittedRequest:
     request = pb.GenerateRequest(request_id=request_id, sampling=types.SamplingParams(**sampling))
-    return admit(request, [5] * 10 if prompt is None else prompt, MODEL, default_max_tokens=20)
+    return admit(request, [5] * 10 if prompt is None else prompt, MODEL, FakeTokenizer(), default_max_tokens=20)
 
 
 def test_defaults_are_filled_in() -> None:
@@ -100,10 +100,57 @@ def test_sampling_out_of_its_range_is_refused_by_the_field(sampling: dict[str, A
     assert caught.value.field == field
 
 
+def test_n_priority_and_salt_have_defaults_and_are_kept() -> None:
+    admitted = ask()
+    assert (admitted.n, admitted.priority, admitted.cache_salt) == (1, 0, "")
+    request = pb.GenerateRequest(sampling=types.SamplingParams(n=128), priority=-7, cache_salt="tenant 1")
+    admitted = admit(request, [5], MODEL, None, 20)
+    assert (admitted.n, admitted.priority, admitted.cache_salt) == (128, -7, "tenant 1")
+
+
+@pytest.mark.parametrize("n", [0, 129, 2**32 - 1])
+def test_n_is_bounded(n: int) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^n: {n} is not between 1 and 128"):
+        ask(n=n)
+
+
+@pytest.mark.parametrize("salt", ["x" * 129, "new\nline", "\x00"])
+def test_a_salt_is_short_and_printable(salt: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="^cache_salt: must be at most 128 printable characters"):
+        admit(pb.GenerateRequest(cache_salt=salt), [5], MODEL, None, 20)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop_token_ids", [5, 100]),
+        ("logit_bias", {99: 1.0, 100: 1.0}),
+        ("allowed_token_ids", [0, 2**32 - 1]),
+        ("banned_token_ids", [100]),
+    ],
+)
+def test_token_ids_are_the_models(field: str, value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"\d+ is not below 100") as caught:
+        ask(**{field: value})
+    assert caught.value.field.partition("[")[0] == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("stop", ["end"]), ("structured_output", types.StructuredOutput(json_object=True))],
+)
+def test_what_needs_text_needs_a_tokenizer(field: str, value: Any) -> None:
+    request = pb.GenerateRequest(sampling=types.SamplingParams(**{field: value}))
+    with pytest.raises(InvalidArgumentError, match="the model has no tokenizer") as caught:
+        admit(request, [5], MODEL, None, 20)
+    assert caught.value.field == field
+    admit(request, [5], MODEL, FakeTokenizer(), 20)
+
+
 def test_too_many_stop_tokens_are_refused() -> None:
     request = pb.GenerateRequest(sampling=types.SamplingParams(stop_token_ids=range(MAX_STOP_TOKEN_IDS + 1)))
     with pytest.raises(InvalidArgumentError, match="stop_token_ids: 129 ids are more than 128"):
-        admit(request, [5], model_info(vocab_size=1000), 20)
+        admit(request, [5], model_info(vocab_size=1000), None, 20)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@ other, and every way in which a worker can fail or break its promises has its er
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -17,103 +15,38 @@ from kvbaton.engine.errors import (
     TransferRejectedError,
     UnavailableError,
 )
-from kvbaton.engine.sampling import SamplingParams
 from kvbaton.engine.tokens import pack_token_ids
-from kvbaton.router.admission import AdmittedRequest
-from kvbaton.router.dispatch import Dispatch
-from kvbaton.router.registry import DECODE, PREFILL, Worker
-from kvbaton.rpc.errors import root_cause
-from kvbaton.rpc.serving import channel
 from kvbaton.v1 import decode_pb2, prefill_pb2
-from kvbaton.v1 import types_pb2 as types
-from support.fakes import PATIENCE, FakeDecode, FakePrefill, Script, forever, served, token_event
-
-TICKET = bytes(range(16))
-LENGTH, STOP = types.FINISH_REASON_LENGTH, types.FINISH_REASON_STOP
-ADMITTED = decode_pb2.DecodeResponse(
-    admitted=decode_pb2.DecodeAdmitted(ticket=TICKET, num_cached_tokens=2, kv_port=4321, wait_seconds=0.5)
+from kvbaton.v1 import inference_pb2 as pb
+from support.fakes import PATIENCE, Script, forever
+from support.routes import (
+    ADMITTED,
+    ADMITTED_LOCALLY,
+    DECODED,
+    FILLED,
+    LENGTH,
+    PREEMPTED,
+    STOP,
+    TICKET,
+    fails,
+    first,
+    logprobs,
+    more,
+    routed,
+    writes,
 )
-DECODED = decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished(wait_seconds=0.25, decode_seconds=2))
-FILLED = prefill_pb2.PrefillResponse(
-    finished=prefill_pb2.PrefillFinished(
-        queue_seconds=0.125, compute_seconds=1, cached_tokens=3, transfer=types.TransferStats(frames=7)
-    )
-)
-
-
-def first(token_id: int = 10, finish: Any = 0) -> prefill_pb2.PrefillResponse:
-    return prefill_pb2.PrefillResponse(first_token=token_event(0, token_id, finish=finish))
-
-
-def more(index: int, *token_ids: int, finish: Any = 0) -> decode_pb2.DecodeResponse:
-    return decode_pb2.DecodeResponse(tokens=token_event(index, *token_ids, finish=finish))
-
-
-def writes(*responses: Any, then: Script | None = None) -> Script:
-    async def script(request: Any, context: Any) -> None:
-        for response in responses:
-            await context.write(response)
-        if then is not None:
-            await then(request, context)
-
-    return script
-
-
-def fails(error: Exception) -> Script:
-    async def script(request: Any, context: Any) -> None:
-        raise error
-
-    return script
-
-
-class Route:
-    """Two fake workers and a router's dispatch over them."""
-
-    def __init__(self, prefill: Script, decode: Script) -> None:
-        self.prefill, self.decode = FakePrefill(prefill), FakeDecode(decode)
-        self.emitted: list[types.TokenEvent] = []
-        self.workers: list[Worker] = []
-        self.dispatch: Dispatch
-
-    async def emit(self, tokens: types.TokenEvent) -> None:
-        self.emitted.append(tokens)
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for event in self.emitted for token in event.token_ids]
-
-    async def run(self, timeout: float | None = PATIENCE) -> None:
-        await self.dispatch.run(timeout)
-
-    async def error(self, timeout: float | None = PATIENCE) -> BaseException:
-        with pytest.raises(BaseExceptionGroup) as caught:
-            await self.dispatch.run(timeout)
-        return root_cause(caught.value)
-
-
-@asynccontextmanager
-async def routed(prefill: Script, decode: Script) -> AsyncIterator[Route]:
-    route = Route(prefill, decode)
-    async with asyncio.timeout(PATIENCE), served(route.prefill) as p, served(route.decode) as d:
-        async with channel(p) as to_prefill, channel(d) as to_decode:
-            route.workers = [Worker(p, PREFILL, to_prefill), Worker(d, DECODE, to_decode)]
-            sampling = SamplingParams(max_tokens=4, seed=7, temperature=0.5)
-            request = AdmittedRequest("req", [5, 6, 7], sampling)
-            route.dispatch = Dispatch(request, route.workers[0], route.workers[1], route.emit)
-            yield route
-        assert [worker.num_in_flight for worker in route.workers] == [0, 0]
-        assert [worker.tokens_in_flight for worker in route.workers] == [0, 0]
 
 
 async def test_a_request_takes_both_legs_and_its_tokens_come_in_order() -> None:
     decode = writes(ADMITTED, more(1, 11), more(2, 12, 13, finish=LENGTH), DECODED)
     async with routed(writes(first(), FILLED), decode) as route:
         await route.run()
-        assert route.tokens == [10, 11, 12, 13]
-        assert [event.first_index for event in route.emitted] == [0, 1, 2]
-        dispatch = route.dispatch
-        assert (dispatch.finish_reason, dispatch.num_emitted, dispatch.cached_tokens) == (LENGTH, 4, 3)
-        timings = dispatch.timings
+        assert route.tokens() == [10, 11, 12, 13]
+        assert [response.tokens.first_index for response in route.emitted] == [0, 1, 2]
+        answer = route.dispatch.first
+        assert (answer.finish_reason, route.dispatch.num_tokens, answer.cached_tokens) == (LENGTH, 4, 3)
+        assert (answer.num_resumes, route.num_choices) == (0, 1)
+        timings = answer.timings
         assert (timings.decode_admit_seconds, timings.decode_wait_seconds, timings.decode_seconds) == (0.5, 0.25, 2)
         assert (timings.prefill_queue_seconds, timings.prefill_compute_seconds) == (0.125, 1)
         assert timings.transfer.frames == 7
@@ -125,7 +58,8 @@ async def test_both_workers_get_the_request_and_the_prefill_worker_the_ticket() 
         (to_decode,), (to_prefill,) = route.decode.requests, route.prefill.requests
         for request in (to_decode, to_prefill):
             assert request.request_id == "req"
-            assert request.prompt_token_ids == pack_token_ids([5, 6, 7])
+            assert (request.prompt_token_ids, request.output_token_ids) == (pack_token_ids([5, 6, 7]), b"")
+            assert (request.priority, request.cache_salt) == (-3, "salt")
             assert (request.sampling.max_tokens, request.sampling.seed, request.sampling.temperature) == (4, 7, 0.5)
         assert to_prefill.target == prefill_pb2.TransferTarget(
             endpoint="127.0.0.1:4321", ticket=TICKET, attempt=1, num_cached_tokens=2
@@ -154,14 +88,14 @@ async def test_tokens_that_overtake_the_first_are_held_back() -> None:
 
     async with routed(late, early) as route:
         await route.run()
-        assert route.tokens == [10, 11, 12]
+        assert route.tokens() == [10, 11, 12]
 
 
 @pytest.mark.parametrize("reason", [STOP, LENGTH])
 async def test_a_first_token_that_ends_the_request_ends_the_decode_leg(reason: Any) -> None:
     async with routed(writes(first(finish=reason), FILLED), writes(ADMITTED, then=forever)) as route:
         await route.run()
-        assert (route.tokens, route.dispatch.finish_reason) == ([10], reason)
+        assert (route.tokens(), route.dispatch.first.finish_reason) == ([10], reason)
         await route.decode.cancelled.wait()
 
 
@@ -212,7 +146,7 @@ async def test_a_decode_error_after_the_first_token_ends_the_prefill_leg() -> No
     decode = writes(ADMITTED, more(1, 11), then=fail)
     async with routed(writes(first(), then=forever), decode) as route:
         assert isinstance(await route.error(), OverloadedError)
-        assert route.tokens == [10, 11]
+        assert route.tokens() == [10, 11]
         await route.prefill.cancelled.wait()
 
 
@@ -235,6 +169,17 @@ async def test_a_decode_error_after_the_first_token_ends_the_prefill_leg() -> No
             "token 2 came where 3 was next",
         ),
         (writes(first(), first(), FILLED), writes(ADMITTED, then=forever), "token 0 came where 1 was next"),
+        (writes(first(index=1), FILLED), writes(ADMITTED, then=forever), "token 1 came where 0 was next"),
+        (writes(first(), FILLED), writes(ADMITTED, more(1, 11), DECODED), "finished before the last token"),
+        (
+            writes(first(), FILLED),
+            writes(ADMITTED, more(1, 11, finish=STOP), more(2, 12), then=forever),
+            "token 2 came where none was next",
+        ),
+        (writes(first(), FILLED), writes(ADMITTED, ADMITTED, then=forever), "sent admitted where it may not"),
+        (writes(first(), FILLED), writes(more(1, 11), then=forever), "sent tokens where it may not"),
+        (writes(first(), FILLED), writes(PREEMPTED), "sent preempted where it may not"),
+        (writes(first(), FILLED), writes(DECODED), "sent finished where it may not"),
     ],
 )
 async def test_a_worker_that_breaks_its_promises_is_unavailable(prefill: Script, decode: Script, problem: str) -> None:
@@ -285,16 +230,66 @@ async def test_a_client_that_goes_ends_both_legs() -> None:
     async with routed(writes(first(), then=forever), writes(ADMITTED, then=forever)) as route:
         emitted = asyncio.Event()
 
-        async def emit(tokens: types.TokenEvent) -> None:
+        async def emit(response: pb.GenerateResponse) -> None:
             emitted.set()
 
-        route.dispatch.emit = emit
+        route.dispatch.first.emit = emit
         async with asyncio.TaskGroup() as group:
             running = group.create_task(route.run())
             await emitted.wait()
             assert [worker.num_in_flight for worker in route.workers] == [1, 1]
-            assert [worker.tokens_in_flight for worker in route.workers] == [3, 3]
+            assert [worker.tokens_in_flight for worker in route.workers] == [3, 0]
             running.cancel()
         assert running.cancelled()
         await route.decode.cancelled.wait()
         await route.prefill.cancelled.wait()
+
+
+async def test_a_worker_that_serves_both_legs_is_asked_alone() -> None:
+    decode = writes(ADMITTED_LOCALLY, more(0, 10), more(1, 11, 12, finish=STOP), DECODED)
+    async with routed(fails(ValueError("not asked")), decode, locally=True) as route:
+        await route.run()
+        (asked,) = route.decode.requests
+        assert asked.prefill_locally
+        assert (asked.priority, asked.cache_salt, asked.output_token_ids) == (-3, "salt", b"")
+        answer = route.dispatch.first
+        assert (route.tokens(), answer.finish_reason, answer.cached_tokens) == ([10, 11, 12], STOP, 2)
+        timings = answer.timings
+        assert (timings.prefill_queue_seconds, timings.prefill_compute_seconds) == (0.0625, 4)
+        assert (timings.decode_admit_seconds, timings.decode_wait_seconds, timings.decode_seconds) == (0.5, 0.25, 2)
+        assert not timings.HasField("transfer")
+        assert route.prefill.requests == []
+
+
+async def test_the_load_of_a_local_prompt_is_counted_until_its_first_token() -> None:
+    admitted, go_on = asyncio.Event(), asyncio.Event()
+
+    async def decode(request: Any, context: Any) -> None:
+        await context.write(ADMITTED_LOCALLY)
+        admitted.set()
+        await go_on.wait()
+        await context.write(more(0, 10))
+        await forever()
+
+    async with routed(forever, decode, locally=True) as route, asyncio.TaskGroup() as group:
+        running = group.create_task(route.run())
+        await admitted.wait()
+        worker = route.workers[1]
+        assert (worker.num_in_flight, worker.tokens_in_flight) == (1, 3)
+        go_on.set()
+        while not route.emitted or worker.tokens_in_flight:
+            await asyncio.sleep(0)
+        assert (worker.num_in_flight, worker.tokens_in_flight) == (1, 0)
+        running.cancel()
+
+
+@pytest.mark.parametrize("locally", [False, True])
+async def test_prompt_logprobs_come_from_where_the_prompt_is_computed(locally: bool) -> None:
+    parts = [logprobs(6), logprobs(7)]
+    prefill = writes(*(prefill_pb2.PrefillResponse(prompt_logprobs=part) for part in parts), first(finish=STOP), FILLED)
+    local = (decode_pb2.DecodeResponse(prompt_logprobs=part) for part in parts)
+    decode = writes(ADMITTED_LOCALLY, *local, more(0, 10, finish=STOP), DECODED)
+    async with routed(prefill, decode if locally else writes(ADMITTED, then=forever), locally=locally) as route:
+        await route.run()
+        assert [response.WhichOneof("event") for response in route.emitted] == ["prompt_logprobs"] * 2 + ["tokens"]
+        assert [response.prompt_logprobs for response in route.emitted[:2]] == parts

@@ -10,7 +10,7 @@ import pytest
 
 from kvbaton.engine.errors import StartupError, UnavailableError
 from kvbaton.router import registry as module
-from kvbaton.router.registry import DECODE, PREFILL, Registry, Worker
+from kvbaton.router.registry import DECODE, PREFILL, UNIFIED, Registry, Worker
 from kvbaton.rpc.serving import channel
 from kvbaton.v1 import worker_pb2 as pb
 from support.fakes import PATIENCE, FakeWorkerStatus, fingerprint, model_info, served
@@ -36,8 +36,8 @@ class Known:
             self.seen(worker)
 
     def chosen(self) -> set[str]:
-        choices = [self.registry.choose() for _ in range(100)]
-        return {worker.address for prefill, decode, _ in choices for worker in (prefill, decode)}
+        placements = [self.registry.choose() for _ in range(100)]
+        return {worker.address for placed in placements for worker in (placed.prefill, placed.decode) if worker}
 
 
 @pytest.fixture
@@ -144,12 +144,12 @@ def test_a_contradiction_after_it_leaves_the_worker_out(known: Known, changes: d
 
 def test_what_is_in_flight_decides_and_is_given_back(known: Known) -> None:
     known.all_seen()
-    with known.p1.carrying(100), known.d2.carrying(100):
+    with known.p1.prefilling(100), known.d2.carrying():
         assert known.chosen() == {"p2:1", "d1:1"}
-        with contextlib.suppress(KeyError), known.p1.carrying(50):
-            assert (known.p1.num_in_flight, known.p1.tokens_in_flight) == (2, 150)
+        with contextlib.suppress(KeyError), known.d2.carrying(), known.p1.prefilling(50):
+            assert (known.d2.num_in_flight, known.p1.tokens_in_flight) == (2, 150)
             raise KeyError
-        assert (known.p1.num_in_flight, known.p1.tokens_in_flight) == (1, 100)
+        assert (known.d2.num_in_flight, known.p1.tokens_in_flight) == (1, 100)
     assert [worker.num_in_flight for worker in known.registry.workers] == [0] * 4
     assert [worker.tokens_in_flight for worker in known.registry.workers] == [0] * 4
     assert len(known.chosen()) == 4
@@ -167,7 +167,85 @@ def test_two_roles_may_share_an_address() -> None:
     registry = Registry(workers, lambda ready: None)
     for worker in workers:
         registry.update(worker, pb.WorkerStatus(role=worker.role, model=model_info()))
-    assert registry.choose()[:2] == (workers[0], workers[1])
+    placement = registry.choose()
+    assert (placement.prefill, placement.decode) == (workers[0], workers[1])
+
+
+class Mixed(Known):
+    """Two unified workers beside one of each other role; each has the limits that a test gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        no_channel: Any = None
+        self.u1, self.u2 = (Worker(f"u{n}:1", UNIFIED, no_channel) for n in (1, 2))
+        self.registry.workers = [self.p1, self.d1, self.u1, self.u2]
+
+    def limited(self, worker: Worker, prefill: int, decode: int) -> None:
+        self.seen(worker, limits=pb.EngineLimits(max_prefill_tokens=prefill, max_decode_seqs=decode))
+
+
+@pytest.fixture
+def mixed() -> Mixed:
+    return Mixed()
+
+
+def test_a_unified_worker_is_enough(mixed: Mixed) -> None:
+    mixed.limited(mixed.u1, 64, 8)
+    assert mixed.readiness == [True]
+    placement = mixed.registry.choose()
+    assert (placement.prefill, placement.decode) == (None, mixed.u1)
+    assert placement.reason.startswith("unified: ")
+    assert placement.usable
+    mixed.registry.lost(mixed.u1, "gone")
+    assert not placement.usable
+    assert mixed.readiness == [True, False]
+
+
+@pytest.mark.parametrize(("prefill", "decode", "missing"), [(64, 0, "decode"), (0, 8, "prefill"), (0, 0, "prefill")])
+def test_one_without_a_leg_is_not(mixed: Mixed, prefill: int, decode: int, missing: str) -> None:
+    mixed.limited(mixed.u1, prefill, decode)
+    assert mixed.u1.usable
+    assert not mixed.registry.ready
+    with pytest.raises(UnavailableError, match=f"no {missing} worker is ready"):
+        mixed.registry.choose()
+
+
+def test_two_unified_workers_may_make_a_pair(mixed: Mixed) -> None:
+    mixed.limited(mixed.u1, 64, 0)
+    mixed.limited(mixed.u2, 0, 8)
+    placement = mixed.registry.choose()
+    assert (placement.prefill, placement.decode) == (mixed.u1, mixed.u2)
+    assert placement.reason.startswith("remote: ")
+
+
+def test_a_role_changes_with_its_limits(mixed: Mixed) -> None:
+    mixed.limited(mixed.p1, 64, 0)
+    mixed.limited(mixed.u1, 64, 8)
+    assert mixed.registry.choose().prefill is None
+    mixed.limited(mixed.u1, 0, 8)
+    placement = mixed.registry.choose()
+    assert (placement.prefill, placement.decode) == (mixed.p1, mixed.u1)
+    mixed.limited(mixed.p1, 0, 0)
+    assert not placement.usable
+    assert mixed.readiness == [True, False]
+
+
+def test_every_role_is_chosen_from_where_it_can_serve(mixed: Mixed) -> None:
+    mixed.limited(mixed.p1, 64, 0)
+    mixed.limited(mixed.d1, 0, 8)
+    mixed.limited(mixed.u1, 64, 8)
+    mixed.limited(mixed.u2, 64, 8)
+    with mixed.u1.carrying(), mixed.u2.carrying():
+        assert mixed.chosen() == {"p1:1", "u1:1", "u2:1", "d1:1"}
+        assert mixed.registry.choose().decode is mixed.d1
+    with mixed.d1.carrying():
+        assert mixed.chosen() == {"u1:1", "u2:1"}
+
+
+def test_a_worker_named_as_unified_must_be_one(mixed: Mixed) -> None:
+    mixed.seen(mixed.p1)
+    with pytest.raises(StartupError, match="--workers u1:1: is a decode worker"):
+        mixed.seen(mixed.u1, role=DECODE)
 
 
 async def test_workers_are_followed_lost_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,58 @@ async def test_more_requests_than_allowed_are_refused_until_one_has_ended() -> N
         calls[1].cancel()
 
 
+async def test_answers_to_one_prompt_share_one_stream() -> None:
+    async with routing() as router:
+        *events, last = await read_all(router.generate(sampling=types.SamplingParams(n=9)))
+        for sequence in range(9):
+            ours = [event.tokens for event in events if event.tokens.sequence == sequence]
+            assert [(e.first_index, list(e.token_ids), e.text) for e in ours] == [(0, [10], "a"), (1, [11, 12], "bc")]
+            assert [e.finish_reason for e in ours] == [0, LENGTH]
+        assert last.finished.usage == types.Usage(prompt_tokens=3, completion_tokens=27, cached_tokens=1)
+        assert (last.finished.finish_reason, last.finished.num_resumes) == (LENGTH, 0)
+
+
+async def test_each_answer_counts_as_a_request_in_flight() -> None:
+    async with routing(max_in_flight=3) as router:
+        router.decode.script = forever
+        call = router.generate(sampling=types.SamplingParams(n=3))
+        while not router.decode.requests:
+            await asyncio.sleep(0)
+        assert (await refusal(router.generate())).details() == "3 requests are in flight already"
+        call.cancel()
+        await router.decode.cancelled.wait()
+        router.decode.script = decode_two
+        error = await refusal(router.generate(sampling=types.SamplingParams(n=2**32 - 1)))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (await read_all(router.generate()))[-1].HasField("finished")
+
+
+async def test_a_request_that_was_handed_back_says_so() -> None:
+    async def hand_back(request: Any, context: Any) -> None:
+        await context.write(decode_pb2.DecodeResponse(admitted=decode_pb2.DecodeAdmitted(ticket=bytes(16), kv_port=1)))
+        await context.write(decode_pb2.DecodeResponse(preempted=decode_pb2.DecodePreempted()))
+        router.decode.script = decode_rest
+
+    async def decode_rest(request: Any, context: Any) -> None:
+        router.prefill.script = prefill_rest
+        await context.write(decode_pb2.DecodeResponse(admitted=decode_pb2.DecodeAdmitted(ticket=bytes(16), kv_port=1)))
+        await context.write(decode_pb2.DecodeResponse(tokens=token_event(2, 12, finish=LENGTH)))
+        await context.write(decode_pb2.DecodeResponse(finished=decode_pb2.DecodeFinished()))
+
+    async def prefill_rest(request: Any, context: Any) -> None:
+        await context.write(prefill_pb2.PrefillResponse(first_token=token_event(1, 11)))
+        await context.write(prefill_pb2.PrefillResponse(finished=prefill_pb2.PrefillFinished(cached_tokens=3)))
+
+    async with routing() as router:
+        router.decode.script = hand_back
+        *events, last = await read_all(router.generate())
+        assert [list(event.tokens.token_ids) for event in events] == [[10], [11], [12]]
+        assert last.finished.num_resumes == 1
+        assert last.finished.usage == types.Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=1)
+        timings = last.finished.timings
+        assert 0 < timings.second_token_gap_seconds < timings.total_seconds
+
+
 async def test_requests_that_fail_do_not_stay_in_flight() -> None:
     async with routing(max_in_flight=1) as router:
         for _ in range(3):
@@ -228,7 +280,7 @@ async def test_tokens_are_what_generate_would_compute() -> None:
 async def test_operators_see_every_worker_and_why_it_is_not_used() -> None:
     async with routing() as router:
         router.registry.lost(router.workers[0], "gone")
-        with router.workers[1].carrying(5):
+        with router.workers[1].carrying():
             listed = (await router.admin.ListWorkers(admin_pb2.ListWorkersRequest())).workers
         assert [(w.connected, w.num_in_flight, w.problem) for w in listed] == [
             (False, 0, "not connected: gone"),
@@ -245,6 +297,10 @@ async def test_operators_see_every_worker_and_why_it_is_not_used() -> None:
         ({"prefill": ("p:1",)}, "--decode: name at least one worker"),
         ({"prefill": ("p:1", "p:1"), "decode": ("d:1",)}, "--prefill: a worker is named twice"),
         ({"prefill": ("p:1",), "decode": ("d",)}, "--decode: address: 'd' is not host:port"),
+        ({}, "--prefill: name at least one worker"),
+        ({"workers": ("u:1", "u:1")}, "--workers: a worker is named twice"),
+        ({"workers": ("u:0",)}, "--workers: 'u:0' has port 0"),
+        ({"workers": ("u:1",), "decode": ("d:1", "u:1")}, "--decode and --workers: u:1 cannot be both"),
     ],
 )
 async def test_a_router_with_wrong_addresses_does_not_start(options: dict[str, Any], problem: str) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import status_pb2  # type: ignore[import-untyped]
 
 from kvbaton.engine.errors import (
     InvalidArgumentError,
     KvbatonError,
+    NotANumberError,
     NotFoundError,
     OverloadedError,
     StartupError,
@@ -36,6 +38,7 @@ def over_the_wire(error: BaseException) -> KvbatonError | TimeoutError:
         (NotFoundError("no model 'gpt'; this server has 'tiny'"), "NOT_FOUND"),
         (OverloadedError("64 requests are waiting", 0.25), "RESOURCE_EXHAUSTED"),
         (TransferRejectedError("frame 3: the checksum differs"), "ABORTED"),
+        (NotANumberError("token 7: the logits are not numbers"), "INTERNAL"),
     ],
 )
 def test_round_trip_keeps_type_and_message(error: KvbatonError, code: str) -> None:
@@ -74,6 +77,14 @@ def test_timeouts_are_deadlines(error: TimeoutError) -> None:
     assert status.code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert status.message
     assert isinstance(over_the_wire(error), TimeoutError)
+
+
+def test_a_models_failure_is_no_failure_of_the_service(caplog: pytest.LogCaptureFixture) -> None:
+    to_rpc_status(NotANumberError("token 7: the logits are not numbers"))
+    assert not caplog.records
+    other = grpc.aio.Metadata((DETAILS_KEY, status_pb2.Status(code=13).SerializeToString()))
+    back = from_rpc_error(grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, None, other, "what"), PEER)
+    assert isinstance(back, UnavailableError)
 
 
 @pytest.mark.parametrize("error", [ValueError("/root/key"), StartupError("/root/key"), KeyError("/root/key")])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvbaton.engine.core import Engine
 from kvbaton.engine.geometry import DTYPE_BYTES, KvGeometry, LayerGeometry
 from kvbaton.engine.kv_store import Buffer
+from kvbaton.engine.output import SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.scheduler import Batch, Limits, Scheduler
 from kvbaton.handoff import wire
@@ -110,7 +111,7 @@ class FakeRunner:
         self.before_run: Callable[[Batch], None] = lambda batch: None
         """Called at the beginning of each step, on the engine's thread; it may wait or raise."""
 
-    def run(self, batch: Batch) -> list[int]:
+    def run(self, batch: Batch) -> StepOutput:
         self.before_run(batch)
         for layer in range(self._store.geometry.num_layers if self._store else 0):
             for piece in batch.slices:
@@ -118,7 +119,8 @@ class FakeRunner:
                 self._store.fill(layer, piece.request.blocks, range(piece.start, piece.start + piece.num_tokens))
             if self._on_layer is not None:
                 self._on_layer(batch, layer)
-        return [10 + piece.start + piece.num_tokens for piece in batch.slices if piece.samples]
+        samplers = [piece for piece in batch.slices if piece.samples]
+        return StepOutput([SampledToken(10 + piece.start + piece.num_tokens) for piece in samplers])
 
 
 class Gate:
@@ -238,6 +240,9 @@ class FakeWorkerStatus(Scripted, WorkerServiceServicer):
         await self.follow(request, context)
 
     async def GetStatus(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
+    async def SetLimits(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
     def registration(self) -> Registration:

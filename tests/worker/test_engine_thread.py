@@ -4,49 +4,25 @@ its handle, one failing request harms no other.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
 from kvbaton.engine.errors import InvalidArgumentError, OverloadedError
 from kvbaton.engine.request import Route
-from kvbaton.engine.sampling import FinishReason, SamplingParams
-from kvbaton.engine.scheduler import Batch, Counts, Limits, Scheduler, TokenSampled
+from kvbaton.engine.sampling import FinishReason
+from kvbaton.engine.scheduler import Batch, Counts, Limits, Scheduler
 from kvbaton.worker import engine_thread
 from kvbaton.worker.engine_thread import EngineFailedError, EngineThread, RequestHandle, Snapshot
-from support.fakes import PATIENCE, FakeRunner, Gate, make_engine
-
-PROMPT = [5, 6, 7, 8, 9]
-NUM_BLOCKS = 8
-LIMITS = Limits(max_prefill_tokens=4, max_decode_seqs=4, max_waiting=2)
-
-
-def sampling(max_tokens: int = 4) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, seed=0, ignore_eos=True)
-
-
-@asynccontextmanager
-async def running(runner: FakeRunner, limits: Limits = LIMITS) -> AsyncIterator[EngineThread]:
-    engine = make_engine(runner, limits, NUM_BLOCKS)
-    async with asyncio.timeout(PATIENCE):
-        with EngineThread(engine, asyncio.get_running_loop()) as thread:
-            yield thread
-
-
-async def collect(handle: RequestHandle) -> list[TokenSampled]:
-    tokens: list[TokenSampled] = []
-    while not tokens or tokens[-1].finish_reason is None:
-        tokens += await handle.next_tokens()
-    return tokens
+from support.fakes import FakeRunner, Gate
+from support.threads import LIMITS, NUM_BLOCKS, PROMPT, collect, running, sampling, submit
 
 
 async def test_tokens_come_in_order_and_end_with_a_reason() -> None:
     async with running(FakeRunner(), replace(LIMITS, max_waiting=3)) as thread:
         handles = [RequestHandle(name) for name in ("a", "b", "c")]
         for handle in handles:
-            thread.submit(handle, PROMPT, sampling(), Route.LOCAL)
+            submit(thread, handle, PROMPT, sampling(), Route.LOCAL)
         for handle in handles:
             tokens = await collect(handle)
             assert [(t.index, t.token_id) for t in tokens] == [(0, 15), (1, 16), (2, 17), (3, 18)]
@@ -62,7 +38,7 @@ async def test_tokens_come_in_order_and_end_with_a_reason() -> None:
 async def test_tokens_that_nobody_took_are_taken_together() -> None:
     async with running(FakeRunner()) as thread:
         handle = RequestHandle("a")
-        thread.submit(handle, PROMPT, sampling(max_tokens=4), Route.LOCAL)
+        submit(thread, handle, PROMPT, sampling(max_tokens=4), Route.LOCAL)
         await handle.admitted()
         while (await thread.snapshot()).counts != Counts():
             pass
@@ -77,7 +53,7 @@ async def test_the_first_token_is_told_on_the_engines_thread_before_the_loop_hea
 
     async with running(FakeRunner()) as thread:
         handle = RequestHandle("a", first_token)
-        thread.submit(handle, PROMPT, sampling(), Route.HAND_OFF)
+        submit(thread, handle, PROMPT, sampling(), Route.HAND_OFF)
         tokens = await handle.next_tokens()
         assert [(t.index, t.token_id) for t in tokens] == [(0, 15)]
         assert told == [(15, "engine")]
@@ -86,7 +62,7 @@ async def test_the_first_token_is_told_on_the_engines_thread_before_the_loop_hea
 async def test_received_kv_starts_the_decode() -> None:
     async with running(FakeRunner()) as thread:
         handle = RequestHandle("a")
-        thread.submit(handle, PROMPT, sampling(), Route.RECEIVE)
+        submit(thread, handle, PROMPT, sampling(), Route.RECEIVE)
         admitted = await handle.admitted()
         assert len(admitted.blocks) == 2
         thread.kv_received("a", 77)
@@ -119,7 +95,7 @@ async def test_removal_frees_the_blocks_in_every_phase(route: Route, name: str) 
     )
     async with running(FakeRunner(), limits) as thread:
         handle = RequestHandle("a")
-        thread.submit(handle, PROMPT, sampling(), route)
+        submit(thread, handle, PROMPT, sampling(), route)
         assert (await phase(thread, name)).num_free_blocks < NUM_BLOCKS
         for _ in range(2):
             thread.remove(handle, finished=False)
@@ -131,10 +107,10 @@ async def test_removal_frees_the_blocks_in_every_phase(route: Route, name: str) 
 async def test_removal_of_a_waiting_request_lets_others_pass() -> None:
     async with running(FakeRunner()) as thread:
         large, waiting, small = (RequestHandle(name) for name in ("large", "waiting", "small"))
-        thread.submit(large, [5] * 28, sampling(1), Route.RECEIVE)
+        submit(thread, large, [5] * 28, sampling(1), Route.RECEIVE)
         await large.admitted()
-        thread.submit(waiting, [5] * 8, sampling(1), Route.RECEIVE)
-        thread.submit(small, [5] * 2, sampling(1), Route.RECEIVE)
+        submit(thread, waiting, [5] * 8, sampling(1), Route.RECEIVE)
+        submit(thread, small, [5] * 2, sampling(1), Route.RECEIVE)
         assert (await thread.snapshot()).counts == Counts(waiting=2, receiving=1)
         thread.remove(waiting, finished=False)
         await small.admitted()
@@ -145,8 +121,8 @@ async def test_removal_of_a_waiting_request_lets_others_pass() -> None:
 async def test_a_request_that_waits_is_admitted_when_blocks_are_freed() -> None:
     async with running(FakeRunner()) as thread:
         first, second = RequestHandle("first"), RequestHandle("second")
-        thread.submit(first, [5] * 32, sampling(1), Route.RECEIVE)
-        thread.submit(second, [5] * 32, sampling(1), Route.RECEIVE)
+        submit(thread, first, [5] * 32, sampling(1), Route.RECEIVE)
+        submit(thread, second, [5] * 32, sampling(1), Route.RECEIVE)
         await first.admitted()
         assert (await thread.snapshot()).counts.waiting == 1
         thread.remove(first, finished=False)
@@ -166,7 +142,7 @@ async def test_a_request_that_cannot_be_added_hears_why(
 ) -> None:
     async with running(FakeRunner()) as thread:
         handle = RequestHandle("a")
-        thread.submit(handle, prompt, sampling(), Route.RECEIVE)
+        submit(thread, handle, prompt, sampling(), Route.RECEIVE)
         with pytest.raises(error, match=problem):
             await handle.admitted()
         with pytest.raises(error, match=problem):
@@ -178,8 +154,8 @@ async def test_a_request_that_cannot_be_added_hears_why(
 async def test_a_second_handle_with_the_same_id_harms_not_the_first() -> None:
     async with running(FakeRunner()) as thread:
         first, second = RequestHandle("a"), RequestHandle("a")
-        thread.submit(first, PROMPT, sampling(), Route.RECEIVE)
-        thread.submit(second, PROMPT, sampling(), Route.RECEIVE)
+        submit(thread, first, PROMPT, sampling(), Route.RECEIVE)
+        submit(thread, second, PROMPT, sampling(), Route.RECEIVE)
         with pytest.raises(InvalidArgumentError, match="request_id"):
             await second.admitted()
         thread.remove(second, finished=False)
@@ -191,7 +167,7 @@ async def test_past_the_waiting_line_requests_are_refused() -> None:
     async with running(FakeRunner()) as thread:
         handles = [RequestHandle(str(number)) for number in range(4)]
         for handle in handles:
-            thread.submit(handle, [5] * 32, sampling(1), Route.RECEIVE)
+            submit(thread, handle, [5] * 32, sampling(1), Route.RECEIVE)
             await thread.snapshot()
         with pytest.raises(OverloadedError, match="2 requests are waiting already"):
             await handles[3].admitted()
@@ -207,8 +183,8 @@ async def test_a_failing_forward_pass_ends_its_own_requests_only() -> None:
     runner.before_run = fail
     async with running(runner) as thread:
         waiting, bad = RequestHandle("waiting"), RequestHandle("bad")
-        thread.submit(waiting, PROMPT, sampling(), Route.RECEIVE)
-        thread.submit(bad, PROMPT, sampling(), Route.LOCAL)
+        submit(thread, waiting, PROMPT, sampling(), Route.RECEIVE)
+        submit(thread, bad, PROMPT, sampling(), Route.LOCAL)
         with pytest.raises(EngineFailedError, match="the forward pass failed"):
             await collect(bad)
         thread.remove(bad, finished=False)
@@ -228,7 +204,7 @@ async def test_tokens_before_a_failure_are_not_lost() -> None:
     runner.before_run = fail_to_decode
     async with running(runner) as thread:
         handle = RequestHandle("a")
-        thread.submit(handle, PROMPT, sampling(), Route.LOCAL)
+        submit(thread, handle, PROMPT, sampling(), Route.LOCAL)
         await handle.admitted()
         while (await thread.snapshot()).counts != Counts():
             pass
@@ -240,7 +216,7 @@ async def test_tokens_before_a_failure_are_not_lost() -> None:
 async def test_kv_for_a_request_that_has_gone_is_harmless() -> None:
     async with running(FakeRunner()) as thread:
         handle = RequestHandle("a")
-        thread.submit(handle, PROMPT, sampling(), Route.RECEIVE)
+        submit(thread, handle, PROMPT, sampling(), Route.RECEIVE)
         await handle.admitted()
         thread.remove(handle, finished=False)
         thread.kv_received("a", 5)
@@ -256,7 +232,7 @@ async def test_a_cancelled_wait_leaves_the_handle_usable() -> None:
             await asyncio.sleep(0)
             waiting.cancel()
         assert waiting.cancelled()
-        thread.submit(handle, PROMPT, sampling(1), Route.LOCAL)
+        submit(thread, handle, PROMPT, sampling(1), Route.LOCAL)
         assert [t.token_id for t in await collect(handle)] == [15]
 
 
@@ -266,20 +242,20 @@ async def test_commands_beyond_the_bound_are_refused(monkeypatch: pytest.MonkeyP
     gate = runner.before_run = Gate()
     async with running(runner) as thread:
         first = RequestHandle("first")
-        thread.submit(first, PROMPT, sampling(1), Route.LOCAL)
+        submit(thread, first, PROMPT, sampling(1), Route.LOCAL)
         await gate.wait_reached()
         for number in range(2):
-            thread.submit(RequestHandle(str(number)), PROMPT, sampling(1), Route.RECEIVE)
+            submit(thread, RequestHandle(str(number)), PROMPT, sampling(1), Route.RECEIVE)
         with pytest.raises(OverloadedError, match="2 commands wait"):
-            thread.submit(RequestHandle("one too many"), PROMPT, sampling(1), Route.RECEIVE)
+            submit(thread, RequestHandle("one too many"), PROMPT, sampling(1), Route.RECEIVE)
         gate.open(2)
         assert [t.token_id for t in await collect(first)] == [15]
 
 
 async def test_leaving_ends_the_thread_whatever_is_running() -> None:
     async with running(FakeRunner()) as thread:
-        thread.submit(RequestHandle("a"), PROMPT, sampling(20), Route.LOCAL)
-        thread.submit(RequestHandle("b"), PROMPT, sampling(), Route.RECEIVE)
+        submit(thread, RequestHandle("a"), PROMPT, sampling(20), Route.LOCAL)
+        submit(thread, RequestHandle("b"), PROMPT, sampling(), Route.RECEIVE)
     assert not any(alive.name == "engine" for alive in threading.enumerate())
 
 
@@ -292,13 +268,13 @@ async def test_an_engine_that_fails_tells_everybody_and_takes_nothing_more(
     monkeypatch.setattr(Scheduler, "commit", broken)
     async with running(FakeRunner()) as thread:
         handle = RequestHandle("a")
-        thread.submit(handle, PROMPT, sampling(), Route.LOCAL)
+        submit(thread, handle, PROMPT, sampling(), Route.LOCAL)
         with pytest.raises(EngineFailedError):
             await handle.next_tokens()
         with pytest.raises(EngineFailedError):
             await thread.snapshot()
         with pytest.raises(EngineFailedError):
-            thread.submit(RequestHandle("b"), PROMPT, sampling(), Route.LOCAL)
+            submit(thread, RequestHandle("b"), PROMPT, sampling(), Route.LOCAL)
         thread.remove(handle, finished=False)
         with pytest.raises(EngineFailedError):
             await thread.serve_until(asyncio.Event())

@@ -8,7 +8,6 @@ from typing import Any
 import grpc
 import pytest
 
-from kvbaton.engine.errors import StartupError
 from kvbaton.engine.request import Route
 from kvbaton.engine.sampling import SamplingParams
 from kvbaton.engine.scheduler import Limits
@@ -17,9 +16,10 @@ from kvbaton.rpc.serving import channel, serving
 from kvbaton.v1 import worker_pb2 as pb
 from kvbaton.v1.worker_pb2_grpc import WorkerServiceStub
 from kvbaton.worker.engine_thread import RequestHandle
-from kvbaton.worker.runtime import MAX_BLOCKS, WorkerRuntime, blocks_in
+from kvbaton.worker.runtime import WorkerRuntime
 from kvbaton.worker.status import WorkerServicer
-from support.fakes import GEOMETRY, PATIENCE, FakeRunner, FakeStore, make_runtime, model_info
+from support.fakes import PATIENCE, FakeRunner, FakeStore, make_runtime, model_info
+from support.requests import new_request
 
 LIMITS = Limits(max_prefill_tokens=8, max_decode_seqs=4, max_waiting=4)
 
@@ -49,7 +49,8 @@ async def working() -> AsyncIterator[Worker]:
 async def test_a_status_tells_who_the_worker_is_and_what_it_holds() -> None:
     async with working() as worker:
         handle = RequestHandle("a")
-        worker.runtime.engine.submit(handle, [5] * 6, SamplingParams(max_tokens=3, seed=0), Route.RECEIVE)
+        new = new_request(handle.request_id, [5] * 6, SamplingParams(max_tokens=3, seed=0), Route.RECEIVE)
+        worker.runtime.engine.submit(handle, new)
         await handle.admitted()
         status = await worker.stub.GetStatus(pb.GetStatusRequest())
         assert status == pb.WorkerStatus(
@@ -88,21 +89,3 @@ async def test_an_interval_out_of_range_is_refused(interval: float) -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="min_interval_seconds") as caught:
             await worker.stub.WatchStatus(pb.WatchStatusRequest(min_interval_seconds=interval)).read()
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-
-
-def test_a_memory_size_holds_whole_blocks() -> None:
-    block = GEOMETRY.token_bytes * 16
-    assert blocks_in(str(block * 3 + block - 1), GEOMETRY, 16) == 3
-    assert blocks_in("1024GiB", GEOMETRY, 1) == MAX_BLOCKS
-
-
-@pytest.mark.parametrize("size", ["0", "10", "1kB"])
-def test_memory_for_no_block_is_refused(size: str) -> None:
-    with pytest.raises(StartupError, match=f"--kv-memory: {size} does not hold one block of"):
-        blocks_in(size, GEOMETRY, 16)
-
-
-@pytest.mark.parametrize("size", ["", "-1GiB", "1TiB", "much"])
-def test_a_size_that_is_none_is_refused_by_the_option(size: str) -> None:
-    with pytest.raises(StartupError, match="--kv-memory: .* is no size"):
-        blocks_in(size, GEOMETRY, 16)

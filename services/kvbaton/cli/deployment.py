@@ -36,7 +36,8 @@ class UpConfig:
     device: str = option("cpu", "Where to compute: cpu, cuda or cuda:N.")
     threads: int = option(1, "Threads of computation of each worker on a CPU.", minimum=1, maximum=1024)
     block_size: int = option(16, "Tokens in one KV block.", minimum=1, maximum=4096)
-    kv_memory: str = option("1GiB", "Memory for each worker's KV pool.")
+    kv_memory: str = option("auto", "Memory for each worker's KV pool; auto divides what the device has among them.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model, with all rights of the workers.")
     max_prefill_tokens: int = option(2048, "Prompt tokens a prefill worker computes in one step.", minimum=1)
     max_decode_seqs: int = option(256, "Sequences a decode worker steps together.", minimum=1)
     grace_seconds: float = grace_option("After Ctrl-C: seconds for running requests to finish.")
@@ -117,6 +118,9 @@ async def _start_all(
 ) -> None:
     """Start all workers, then the router, which is told their addresses, and return when it is healthy."""
     worker = _flags(config, "model", "dtype", "device", "threads", "block_size", "kv_memory", "grace_seconds")
+    worker.append(f"--memory-share={1 / (config.prefill + config.decode):.3f}")
+    if config.trust_remote_code:
+        worker.append("--trust-remote-code")
     prefill_flags = [*worker, "--port=0", *_flags(config, "max_prefill_tokens")]
     decode_flags = [*worker, "--port=0", *_flags(config, "max_decode_seqs")]
     for number in range(1, config.prefill + 1):

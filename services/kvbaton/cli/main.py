@@ -6,13 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import click
 
 from kvbaton.cli.deployment import UpConfig
 from kvbaton.cli.options import build_config, check_environment, config_options
-from kvbaton.cli.serve import CannotStart, run_service
+from kvbaton.cli.serve import CannotStart, limit_threads, run_service
 from kvbaton.decode.config import DecodeConfig
 from kvbaton.engine.errors import StartupError
 from kvbaton.prefill.config import PrefillConfig
@@ -38,9 +39,11 @@ def main() -> None:
 @_SUPERVISED
 def prefill(supervised: bool, **values: Any) -> None:
     """Run a prefill worker: it computes prompts and sends their KV to decode workers."""
+    config = build_config(PrefillConfig, values)
+    limit_threads(config.threads)
     from kvbaton.prefill.service import serve_prefill
 
-    run_service("prefill", build_config(PrefillConfig, values), serve_prefill, supervised)
+    run_service("prefill", config, serve_prefill, supervised)
 
 
 @main.command()
@@ -52,9 +55,11 @@ def decode(supervised: bool, **values: Any) -> None:
     Prefill workers must reach its KV port: set --kv-port where a firewall or a container decides about ports, and
     --kv-endpoint where its address seen by them differs from the one that the router dials.
     """
+    config = build_config(DecodeConfig, values)
+    limit_threads(config.threads)
     from kvbaton.decode.service import serve_decode
 
-    run_service("decode", build_config(DecodeConfig, values), serve_decode, supervised)
+    run_service("decode", config, serve_decode, supervised)
 
 
 @main.command()
@@ -63,8 +68,8 @@ def decode(supervised: bool, **values: Any) -> None:
 def router(supervised: bool, **values: Any) -> None:
     """Run a router: clients ask it, and it asks the workers.
 
-    It listens at once and says by its health service whether it is ready: when one prefill and one decode worker of the
-    same model are connected. Workers may start later, and come and go.
+    It listens at once and says by its health service whether it is ready: when a prefill and a decode worker of the
+    same model are connected, or a worker that serves both legs. Workers may start later, and come and go.
     """
     from kvbaton.router.service import serve_router
 
@@ -104,16 +109,26 @@ def demo() -> None:
 @click.option("--temperature", type=float, help="0 is greedy, the default.")
 @click.option("--top-k", type=int, help="Keep the k most likely tokens.")
 @click.option("--top-p", type=float, help="Keep the smallest set of tokens with this much probability.")
+@click.option("--min-p", type=float, help="Keep tokens at least this likely, relative to the most likely one.")
+@click.option("--repetition-penalty", type=float, help="Above 1: what was said is less likely to be said again.")
 @click.option("--seed", type=int, help="Makes a sampled answer repeatable.")
+@click.option("--n", type=int, help="Answers to the same prompt; more than one are printed at the end.")
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
+@click.option("--regex", help="A regular expression that the whole answer matches.")
+@click.option(
+    "--json-schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with a JSON schema that describes the answer.",
+)
+@click.option("--logprobs", type=int, help="With --json: each token's logprob, and those of this many likely ones.")
 @click.option("--timeout", type=float, help="Seconds until giving up.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def generate(prompt: Sequence[str], address: str, raw: bool, as_json: bool, **options: Any) -> None:
     """Ask a router, and print the answer as it streams. A PROMPT of - is read from standard input."""
-    from kvbaton.cli.generate import run_generate
+    from kvbaton.cli.generate import given_options, run_generate
 
     text = sys.stdin.read() if tuple(prompt) == ("-",) else " ".join(prompt)
-    given = {name: value for name, value in options.items() if value is not None}
-    sys.exit(asyncio.run(run_generate(address, text, raw, as_json, given)))
+    sys.exit(asyncio.run(run_generate(address, text, raw, as_json, given_options(options, as_json))))
 
 
 @main.command()
@@ -126,6 +141,20 @@ def health(address: str, timeout: float) -> None:
     serving, answer = asyncio.run(is_serving(address, timeout))
     click.echo(answer)
     sys.exit(0 if serving else 1)
+
+
+@main.command()
+@click.argument("address")
+@click.option("--max-prefill-tokens", type=click.IntRange(0, 2**32 - 1), help="Prompt tokens that a step may carry.")
+@click.option("--max-decode-seqs", type=click.IntRange(0, 2**32 - 1), help="Sequences that a step may decode.")
+@click.option("--target-itl-ms", type=float, help="Milliseconds a step that decodes may take; 0: no target.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def limits(address: str, as_json: bool, **values: Any) -> None:
+    """Show or set what a step of the worker at ADDRESS (host:port) may carry, and so its role, while it runs."""
+    from kvbaton.cli.limits import run_limits
+
+    given = {name: value for name, value in values.items() if value is not None}
+    sys.exit(asyncio.run(run_limits(address, given, as_json)))
 
 
 @main.command()

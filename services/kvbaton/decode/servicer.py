@@ -10,7 +10,9 @@ import itertools
 
 import grpc
 
+from kvbaton.engine.errors import PreemptedError
 from kvbaton.engine.request import Request, Route
+from kvbaton.engine.scheduler import NewRequest
 from kvbaton.engine.tokens import check_token_ids, unpack_token_ids
 from kvbaton.handoff.receiver import Reservation, TicketBook
 from kvbaton.rpc import telemetry
@@ -55,17 +57,19 @@ class DecodeServicer(DecodeServiceServicer):
         reservation: Reservation | None = None
         finished = False
         try:
-            self._runtime.engine.submit(handle, prompt, sampling, Route.RECEIVE)
+            new = NewRequest(request_id=handle.request_id, prompt=prompt, sampling=sampling, route=Route.RECEIVE)
+            self._runtime.engine.submit(handle, new)
             admitted = await handle.admitted()
             on_applied = functools.partial(self._runtime.engine.kv_received, handle.request_id)
-            reservation = self._book.open(
-                admitted.blocks, range(len(prompt)), self._runtime.model.vocab_size, on_applied
-            )
+            missing = range(admitted.num_cached, admitted.num_prefill)
+            reservation = self._book.open(admitted.blocks, missing, self._runtime.model.vocab_size, on_applied)
             await context.write(pb.DecodeResponse(admitted=self._admitted(admitted, reservation)))
             await self._stream(handle, admitted, context)
             finished = True
             _record_spans(admitted)
             await context.write(pb.DecodeResponse(finished=_finished(admitted)))
+        except PreemptedError as error:
+            await context.write(pb.DecodeResponse(preempted=pb.DecodePreempted(reason=str(error))))
         finally:
             if reservation is not None:
                 self._book.close(reservation)
@@ -89,7 +93,7 @@ class DecodeServicer(DecodeServiceServicer):
         while reason is None:
             tokens = await handle.next_tokens()
             reason = tokens[-1].finish_reason
-            if tokens[0].index == 0:
+            if tokens[0].index == request.num_resumed:
                 # The prefill worker has sent the first token, and its text.
                 detokenizer.push([tokens.pop(0).token_id])
             if not tokens:
@@ -112,6 +116,7 @@ def _finished(request: Request) -> pb.DecodeFinished:
     return pb.DecodeFinished(
         wait_seconds=seconds_between(passed.kv_ready, passed.decode_started),
         decode_seconds=seconds_between(passed.decode_started, passed.finished),
+        cached_tokens=request.num_cached,
     )
 
 

@@ -35,5 +35,13 @@ class TransferRejectedError(KvbatonError):
     """The decode worker refused a KV transfer; a new attempt may be made."""
 
 
+class NotANumberError(KvbatonError):
+    """The model's logits for a request were not numbers; nothing can be sampled from them."""
+
+
+class PreemptedError(KvbatonError):
+    """The worker ran out of blocks and handed the request back: it can be resumed anywhere from its tokens."""
+
+
 class StartupError(KvbatonError):
     """A service cannot start. The command line prints the message and exits with 2."""

@@ -1,16 +1,27 @@
 """Who computes what in the next step: continuous batching with chunked prefill.
 
-Order within a step: running decodes, then prompts already begun, then new ones, each in order of arrival. A role is two
-numbers, `max_prefill_tokens` and `max_decode_seqs`: prefill-only, decode-only and every mix are this one scheduler.
-Admission takes the blocks for a request's whole life, so that a running request can never run out (docs/adr/0003).
+Order within a step: running decodes, then prompts, each by priority and then arrival; `chunking` divides the prompt
+tokens. A role is two numbers, `max_prefill_tokens` and `max_decode_seqs`: prefill-only, decode-only and every mix are
+this one scheduler.
+
+Blocks are taken on demand. Admission takes those of what is to be computed or received, and one token more; decodes
+take theirs as they grow. When the pool is out, the decode that ranks last is handed back, blocks and all, to be resumed
+from its tokens (docs/adr/0007). Somebody always gets on: the decode that ranks first keeps what it has while there is
+another one to hand back, and alone it can have the whole pool; and whoever is handed back has gained a token at least,
+since a resumed request samples one before it decodes.
 """
 
-from collections import deque
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvbaton.engine.errors import InvalidArgumentError, OverloadedError
+from kvbaton.engine import chunking, prefix
+from kvbaton.engine.constraint import Constraint
+from kvbaton.engine.counters import EngineCounters
+from kvbaton.engine.errors import InvalidArgumentError, NotANumberError, OverloadedError
+from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput, TokenLogprobs
 from kvbaton.engine.pool import BlockPool
+from kvbaton.engine.ranked import RankedRequests
 from kvbaton.engine.request import Milestones, Phase, Request, Route
 from kvbaton.engine.sampling import FinishReason, SamplingParams
 
@@ -25,9 +36,32 @@ class Limits:
     """Sequences that may decode in a step."""
     max_waiting: int
     """Requests that may wait for blocks."""
+    target_itl: float | None = None
+    """Seconds that a step which decodes should take; None: `max_prefill_tokens` alone decides."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRequest:
+    """What a worker is asked to do."""
+
+    request_id: str
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    route: Route
+    output: Sequence[int] = ()
+    """Tokens that were generated before: the request goes on after them."""
+    priority: int = 0
+    """Smaller is served first."""
+    cache_salt: str = ""
+    """Requests share KV with those of the same salt only."""
+    constraint: Constraint | None = None
+    """What the answer must look like; it has accepted `output` already."""
+
+
+# The three that follow are made by the hundred in every step: frozen ones would cost several times as much.
+
+
+@dataclass(slots=True)
 class Slice:
     """Tokens `[start, start + num_tokens)` of one request, to be computed in one step."""
 
@@ -39,19 +73,17 @@ class Slice:
 
     @property
     def is_prefill(self) -> bool:
-        """Whether these are prompt tokens."""
+        """Whether these tokens come before the first new one."""
         return self.request.phase is Phase.PREFILLING
 
     def token_ids(self) -> Sequence[int]:
         """The tokens to feed."""
-        if self.is_prefill:
-            return self.request.prompt[self.start : self.start + self.num_tokens]
-        return self.request.output[-1:]
+        return self.request.token_ids(self.start, self.start + self.num_tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
-    """One step's work. An empty batch means that there is nothing to compute."""
+    """One step's work, decodes first. An empty batch means that there is nothing to compute."""
 
     slices: list[Slice]
 
@@ -59,17 +91,18 @@ class Batch:
         return bool(self.slices)
 
     @property
-    def num_prefill_tokens(self) -> int:
-        """Prompt tokens in the step."""
-        return sum(s.num_tokens for s in self.slices if s.is_prefill)
-
-    @property
     def num_decode_tokens(self) -> int:
         """Sequences that decode in the step."""
-        return sum(1 for s in self.slices if not s.is_prefill)
+        prompts = itertools.takewhile(lambda piece: piece.is_prefill, reversed(self.slices))
+        return len(self.slices) - sum(1 for _ in prompts)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Prompt tokens in the step."""
+        return sum(piece.num_tokens for piece in self.slices[self.num_decode_tokens :])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenSampled:
     """Token `index` of a request's output; `finish_reason` is set on the last."""
 
@@ -77,6 +110,22 @@ class TokenSampled:
     index: int
     token_id: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step, or the arrival of KV, changed."""
+
+    admitted: list[Request] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    """Handed back for want of blocks."""
+    sampled: list[TokenSampled] = field(default_factory=list)
+    prompt_logprobs: list[tuple[Request, Sequence[TokenLogprobs]]] = field(default_factory=list)
+    failed: list[tuple[Request, Exception]] = field(default_factory=list)
+    """Requests that ended, each with its reason."""
+    worked: bool = False
+    """Whether anything was computed."""
 
 
 @dataclass(slots=True)
@@ -98,96 +147,153 @@ class Scheduler:
     limits: Limits
     eos_token_ids: frozenset[int]
     max_model_len: int
+    counters: EngineCounters = field(default_factory=EngineCounters)
     _requests: dict[str, Request] = field(default_factory=dict)
-    _waiting: deque[Request] = field(default_factory=deque)
-    _prefilling: dict[str, Request] = field(default_factory=dict)
-    _decoding: dict[str, Request] = field(default_factory=dict)
+    _waiting: RankedRequests = field(default_factory=RankedRequests)
+    _prefilling: RankedRequests = field(default_factory=RankedRequests)
+    _decoding: RankedRequests = field(default_factory=RankedRequests)
+    _num_growing: int = 0
+    _arrivals: "itertools.count[int]" = field(default_factory=itertools.count)
 
-    def add(
-        self, request_id: str, prompt: Sequence[int], sampling: SamplingParams, route: Route, now: float
-    ) -> Request:
-        """Put a request at the end of the waiting line.
+    def add(self, new: NewRequest, now: float) -> Request:
+        """Put a request in the waiting line, after those of its priority.
 
-        Raises InvalidArgumentError for an id in use, an empty prompt or one beyond the context, and OverloadedError
-        when the line is full or the request could never fit the pool.
+        Raises InvalidArgumentError for an id in use, an empty prompt, one beyond the context, or an answer that is
+        complete already, and OverloadedError when the line is full or the request could never fit the pool.
         """
-        request = Request(request_id, prompt, sampling, route, Milestones(arrived=now))
-        if request_id in self._requests:
-            raise InvalidArgumentError("request_id", f"{request_id!r} is already running here")
-        if not prompt:
+        sampling = new.sampling
+        if new.request_id in self._requests:
+            raise InvalidArgumentError("request_id", f"{new.request_id!r} is already running here")
+        if not new.prompt:
             raise InvalidArgumentError("prompt", "is empty")
-        if request.num_prompt + sampling.max_tokens > self.max_model_len:
-            total = f"{request.num_prompt} tokens and max_tokens {sampling.max_tokens}"
+        if len(new.prompt) + sampling.max_tokens > self.max_model_len:
+            total = f"{len(new.prompt)} tokens and max_tokens {sampling.max_tokens}"
             raise InvalidArgumentError("prompt", f"{total} exceed the context of {self.max_model_len}")
+        if len(new.output) >= sampling.max_tokens:
+            problem = f"{len(new.output)} tokens leave nothing of max_tokens {sampling.max_tokens}"
+            raise InvalidArgumentError("output_token_ids", problem)
+        request = Request(
+            new.request_id,
+            new.prompt,
+            sampling,
+            new.route,
+            Milestones(arrived=now),
+            output=list(new.output),
+            num_resumed=len(new.output),
+            priority=new.priority,
+            arrival=next(self._arrivals),
+            cache_salt=new.cache_salt,
+            constraint=new.constraint,
+        )
         needed = self.pool.blocks_for(request.max_kv_tokens)
         if needed > self.pool.num_blocks:
             raise OverloadedError(f"the request needs {needed} KV blocks, the whole pool has {self.pool.num_blocks}")
         if len(self._waiting) >= self.limits.max_waiting:
             raise OverloadedError(f"{len(self._waiting)} requests are waiting already")
-        self._requests[request_id] = request
-        self._waiting.append(request)
+        self._requests[request.request_id] = request
+        self._waiting.add(request)
         return request
 
+    def set_limits(self, limits: Limits) -> None:
+        """Other limits from the next step on. Requests that wait already stay, even beyond a shorter line."""
+        self.limits = limits
+
+    def make_room(self, now: float) -> list[Request]:
+        """Give each sequence that is to decode a block for its next token; return those handed back for that."""
+        preempted: list[Request] = []
+        size, index = self.pool.block_size, 0
+        while index < min(len(self._decoding), self.limits.max_decode_seqs):
+            request = self._decoding[index]
+            if request.num_computed == len(request.blocks) * size:
+                while not self.pool.can_allocate(1):
+                    last = self._decoding[-1]
+                    self._finish(last, now)
+                    preempted.append(last)
+                    if last is request:
+                        break
+                else:
+                    request.blocks += self.pool.allocate(1)
+                    self._num_growing -= not self._may_grow(request)
+            index += 1
+        self.counters.requests_preempted += len(preempted)
+        return preempted
+
     def admit(self, now: float) -> list[Request]:
-        """Give blocks to waiting requests, in order, while there are enough; return those admitted."""
+        """Give blocks to waiting requests, in order, while there are enough; return those admitted.
+
+        A block for each request that may need another one stays free: an admission that makes somebody be handed back
+        in the next step is work for nothing.
+        """
         admitted: list[Request] = []
         while self._waiting:
             request = self._waiting[0]
-            needed = self.pool.blocks_for(request.max_kv_tokens)
-            if not self.pool.can_allocate(needed):
+            cached = prefix.match(self.pool, request)
+            needed = self.pool.blocks_for(min(request.num_prefill + 1, request.max_kv_tokens)) - len(cached)
+            if not self.pool.can_allocate(needed + self._num_growing, reusing=cached):
                 break
-            self._waiting.popleft()
-            request.blocks = self.pool.allocate(needed)
+            self._waiting.discard(request)
+            self.pool.retain(cached)
+            request.blocks = cached + self.pool.allocate(needed)
+            request.num_registered = len(cached)
+            request.num_computed = request.num_cached = len(cached) * self.pool.block_size
             request.milestones.admitted = now
+            if request.uses_prefix_cache:
+                self.counters.prefix_tokens_queried += request.num_prefill
+                self.counters.prefix_tokens_hit += request.num_cached
+            self._num_growing += self._may_grow(request)
             if request.route is Route.RECEIVE:
                 request.move_to(Phase.RECEIVING)
             else:
                 request.move_to(Phase.PREFILLING)
-                self._prefilling[request.request_id] = request
+                self._prefilling.add(request)
             admitted.append(request)
         return admitted
 
     def schedule(self, now: float) -> Batch:
-        """Choose the next step's work. Sets the milestones of requests that start here; changes nothing else."""
+        """Choose the next step's work, after `make_room`. Sets the milestones of what starts here, and nothing else."""
         slices: list[Slice] = []
-        for request in self._decoding.values():
-            if len(slices) == self.limits.max_decode_seqs:
-                break
+        for request in itertools.islice(self._decoding, self.limits.max_decode_seqs):
             if request.milestones.decode_started is None:
                 request.milestones.decode_started = now
-            slices.append(Slice(request, request.num_computed, 1, samples=True))
-        budget = self.limits.max_prefill_tokens
-        for request in self._prefilling.values():
-            if budget == 0:
-                break
-            num_tokens = min(budget, request.num_uncomputed_prompt)
-            budget -= num_tokens
+            slices.append(Slice(request, request.num_computed, 1, True))
+        for request, num_tokens in chunking.share(self._prefilling, self.limits.max_prefill_tokens):
             if request.milestones.prefill_started is None:
                 request.milestones.prefill_started = now
-            last = num_tokens == request.num_uncomputed_prompt
+            last = num_tokens == request.num_uncomputed
             slices.append(Slice(request, request.num_computed, num_tokens, samples=last))
         return Batch(slices)
 
-    def commit(self, batch: Batch, token_ids: Sequence[int], now: float) -> list[TokenSampled]:
-        """Record a computed step. `token_ids` has one token for each slice that samples, in the batch's order."""
+    def commit(self, batch: Batch, output: StepOutput, now: float) -> StepResult:
+        """Record a computed step. `output` has one token for each slice that samples, in the batch's order."""
         num_samples = sum(piece.samples for piece in batch.slices)
-        assert len(token_ids) == num_samples, f"{len(token_ids)} tokens for {num_samples} slices that sample"
-        sampled = iter(token_ids)
-        events: list[TokenSampled] = []
+        assert len(output.sampled) == num_samples, f"{len(output.sampled)} tokens for {num_samples} slices that sample"
+        sampled = iter(output.sampled)
+        result = StepResult()
         for piece in batch.slices:
             request = piece.request
+            token = next(sampled) if piece.samples else None
+            if token is not None and token.token_id == NOT_A_NUMBER:
+                self._not_a_number(request, result, now)
+                continue
             request.num_computed += piece.num_tokens
-            if piece.samples:
-                events.append(self._append(request, next(sampled), now))
-        return events
+            prefix.register(self.pool, request)
+            logprobs = output.prompt_logprobs.get(request.request_id)
+            if logprobs is not None:
+                result.prompt_logprobs.append((request, logprobs))
+            if token is not None:
+                self._append(request, token, result, now)
+        return result
 
-    def kv_received(self, request_id: str, first_token_id: int, now: float) -> TokenSampled:
-        """The prompt's KV is in place and verified: record the first token and let the request decode."""
+    def kv_received(self, request_id: str, first_token_id: int, now: float) -> StepResult:
+        """The KV is in place and verified: record the first token and let the request decode."""
         request = self._requests[request_id]
         assert request.phase is Phase.RECEIVING, f"{request_id} does not wait for KV"
-        request.num_computed = request.num_prompt
+        request.num_computed = request.num_prefill
         request.milestones.kv_ready = now
-        return self._append(request, first_token_id, now)
+        prefix.register(self.pool, request)
+        result = StepResult()
+        self._append(request, SampledToken(first_token_id), result, now)
+        return result
 
     def remove(self, request_id: str, now: float) -> Request | None:
         """End a request in whatever phase it is and free its blocks; None when there is no such request."""
@@ -196,11 +302,10 @@ class Scheduler:
             self._finish(request, now)
         return request
 
-    def fail(self, request_id: str, now: float) -> None:
+    def fail(self, request: Request, now: float) -> None:
         """A request's step failed: it computes no more. Its blocks stay with it while a transfer may read from them."""
-        request = self._requests[request_id]
         if request.route is Route.HAND_OFF:
-            del self._prefilling[request_id]
+            self._prefilling.discard(request)
             request.move_to(Phase.HANDING_OFF)
         else:
             self._finish(request, now)
@@ -217,42 +322,62 @@ class Scheduler:
         self.pool.check_integrity([request.blocks for request in self._requests.values()])
         for request in self._requests.values():
             assert (request.phase is Phase.WAITING) == (not request.blocks), f"{request.request_id} in {request.phase}"
+        growing = [request for request in self._requests.values() if request.blocks and self._may_grow(request)]
+        assert len(growing) == self._num_growing, f"{self._num_growing} requests grow, not {len(growing)}"
 
-    def _append(self, request: Request, token_id: int, now: float) -> TokenSampled:
-        request.output.append(token_id)
-        reason = self._finish_reason(request, token_id)
-        index = len(request.output) - 1
+    def _may_grow(self, request: Request) -> bool:
+        return len(request.blocks) < self.pool.blocks_for(request.max_kv_tokens)
+
+    def _append(self, request: Request, token: SampledToken, result: StepResult, now: float) -> None:
         if request.phase is Phase.PREFILLING:
             request.milestones.prefill_ended = now
+        if request.constraint is not None:
+            try:
+                request.constraint.accept(token.token_id)
+            except Exception as error:
+                self.fail(request, now)
+                result.failed.append((request, error))
+                return
+        request.output.append(token.token_id)
+        reason = self._finish_reason(request, token.token_id)
+        request.finish_reason = reason
         if request.route is Route.HAND_OFF:
             # Its blocks are read until the KV has left, whatever the token was: `remove` ends it.
-            del self._prefilling[request.request_id]
-            request.finish_reason = reason
+            self._prefilling.discard(request)
             request.move_to(Phase.HANDING_OFF)
         elif reason is not None:
-            request.finish_reason = reason
             self._finish(request, now)
         elif request.phase is not Phase.DECODING:
-            self._prefilling.pop(request.request_id, None)
+            self._prefilling.discard(request)
             request.move_to(Phase.DECODING)
-            self._decoding[request.request_id] = request
-        return TokenSampled(request, index, token_id, reason)
+            self._decoding.add(request)
+        index = len(request.output) - 1
+        result.sampled.append(TokenSampled(request, index, token.token_id, reason, token.logprobs))
+
+    def _not_a_number(self, request: Request, result: StepResult, now: float) -> None:
+        # What made these logits may be in any of its blocks, and must not reach others by the cache.
+        self.pool.forget(request.blocks)
+        self.counters.requests_not_a_number += 1
+        error = NotANumberError(f"the logits of token {len(request.output)} are not numbers")
+        self.fail(request, now)
+        result.failed.append((request, error))
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        sampling = request.sampling
-        if token_id in sampling.stop_token_ids:
-            return FinishReason.STOP
-        if token_id in self.eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP
-        if len(request.output) >= sampling.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        sampling, num_output = request.sampling, len(request.output)
+        if num_output >= sampling.min_tokens:
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+            if token_id in self.eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if num_output >= sampling.max_tokens else None
 
     def _finish(self, request: Request, now: float) -> None:
         if request.phase is Phase.WAITING:
-            self._waiting.remove(request)
-        self._prefilling.pop(request.request_id, None)
-        self._decoding.pop(request.request_id, None)
+            self._waiting.discard(request)
+        else:
+            self._num_growing -= self._may_grow(request)
+        self._prefilling.discard(request)
+        self._decoding.discard(request)
         del self._requests[request.request_id]
         self.pool.release(request.blocks)
         request.blocks = []

@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import torch
 
+from kvbaton.engine.output import StepOutput
 from kvbaton.engine.scheduler import Batch
-from kvbaton.model import ragged, sampler
+from kvbaton.model import ragged
 from kvbaton.model.loader import LoadedModel
+from kvbaton.model.step_output import rows_to_keep, step_output
 from kvbaton.model.store import TorchKvStore
 
 LayerListener = Callable[[Batch, int], None]
@@ -23,10 +25,11 @@ class ModelRunner:
         self._attention.store = store
         self._store = store
         self._device = loaded.device
+        self._eos_token_ids = loaded.eos_token_ids
         self._on_layer = on_layer
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[int]:
+    def run(self, batch: Batch) -> StepOutput:
         """See `Runner.run`. Raises what torch raises, out-of-memory included."""
         tensors = ragged.build(batch, self._store.block_size, self._device)
         self._attention.batch = tensors
@@ -37,11 +40,6 @@ class ModelRunner:
             input_ids=tensors.token_ids,
             position_ids=tensors.positions,
             use_cache=False,
-            logits_to_keep=tensors.sampled_rows,
+            logits_to_keep=rows_to_keep(batch, tensors.sampled_rows),
         ).logits[0]
-        samplers = [piece for piece in batch.slices if piece.samples]
-        if not samplers:
-            return []
-        params = [piece.request.sampling for piece in samplers]
-        positions = [piece.start + piece.num_tokens for piece in samplers]
-        return sampler.sample(logits, params, positions)
+        return step_output(batch, logits, self._eos_token_ids)

@@ -13,7 +13,7 @@ import grpc
 
 from kvbaton.engine.errors import InvalidArgumentError
 from kvbaton.engine.request import Request, Route
-from kvbaton.engine.scheduler import Batch, TokenSampled
+from kvbaton.engine.scheduler import Batch, NewRequest, TokenSampled
 from kvbaton.engine.tokens import check_token_ids, unpack_token_ids
 from kvbaton.handoff.peers import PeerChannels
 from kvbaton.handoff.receiver import TICKET_BYTES
@@ -95,12 +95,17 @@ class PrefillServicer(PrefillServiceServicer):
         self._transfers.add(handle.request_id, transfer)
         finished = False
         try:
-            self._runtime.engine.submit(handle, prompt, sampling, Route.HAND_OFF)
+            new = NewRequest(request_id=handle.request_id, prompt=prompt, sampling=sampling, route=Route.HAND_OFF)
+            self._runtime.engine.submit(handle, new)
             # A write that a failing transfer cancels must not be the one that carries the headers: gRPC could then
             # send no status any more, and the router would wait for ever.
             await context.send_initial_metadata(())
             async with asyncio.TaskGroup() as group:
                 sending = group.create_task(self._send(target, transfer, context.time_remaining()))
+                admitted = await handle.admitted()
+                if admitted.num_cached:
+                    for layer in range(self._runtime.store.geometry.num_layers):
+                        transfer.layer_ready(layer, admitted.num_cached, admitted.blocks)
                 first = (await handle.next_tokens())[0]
                 if first.finish_reason is not None:
                     # Before the router hears of it: it ends the decode leg, which then refuses the transfer.
@@ -157,6 +162,7 @@ def _target(target: pb.TransferTarget, num_prompt: int) -> Target:
 def _finished(request: Request, report: TransferReport | None) -> pb.PrefillFinished:
     passed = request.milestones
     finished = pb.PrefillFinished(
+        cached_tokens=request.num_cached,
         queue_seconds=seconds_between(passed.arrived, passed.prefill_started),
         compute_seconds=seconds_between(passed.prefill_started, passed.prefill_ended),
     )

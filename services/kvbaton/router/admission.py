@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvbaton.engine.errors import InvalidArgumentError
-from kvbaton.engine.sampling import MAX_SEED, SamplingParams
+from kvbaton.engine.sampling import MAX_SEED, SamplingParams, check_token_ids_in_vocabulary
 from kvbaton.engine.tokens import check_token_ids, unpack_token_ids
 from kvbaton.rpc.sampling import sampling_from_proto
 from kvbaton.text.tokenizer import Tokenizer
@@ -13,6 +13,8 @@ from kvbaton.v1 import inference_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
 MAX_REQUEST_ID = 128
+MAX_CACHE_SALT = 128
+MAX_N = 128
 _ROLES = ("system", "user", "assistant")
 
 
@@ -23,16 +25,25 @@ class AdmittedRequest:
     request_id: str
     prompt: Sequence[int]
     sampling: SamplingParams
+    """Of the first answer."""
+    n: int = 1
+    priority: int = 0
+    cache_salt: str = ""
 
 
 def admit(
-    request: pb.GenerateRequest, prompt: Sequence[int], model: types.ModelInfo, default_max_tokens: int
+    request: pb.GenerateRequest,
+    prompt: Sequence[int],
+    model: types.ModelInfo,
+    tokenizer: Tokenizer | None,
+    default_max_tokens: int,
 ) -> AdmittedRequest:
     """Check everything but the prompt's form, which `prompt_token_ids` did, and fill in defaults.
 
     Raises InvalidArgumentError that names the field.
     """
-    request_id = _request_id(request.request_id)
+    _check_printable("request_id", request.request_id, MAX_REQUEST_ID)
+    _check_printable("cache_salt", request.cache_salt, MAX_CACHE_SALT)
     check_prompt(prompt, model)
     left = model.max_model_len - len(prompt)
     if left < 1:
@@ -41,13 +52,19 @@ def admit(
     if request.sampling.max_tokens > left:
         problem = f"{request.sampling.max_tokens} and {len(prompt)} prompt tokens exceed {model.max_model_len}"
         raise InvalidArgumentError("max_tokens", f"{problem}, the model's context")
-    for token_id in request.sampling.stop_token_ids:
-        if token_id >= model.vocab_size:
-            raise InvalidArgumentError("stop_token_ids", f"{token_id} is not below {model.vocab_size}")
+    _check_request(request.sampling, tokenizer)
     sampling = sampling_from_proto(
         request.sampling, max_tokens=min(left, default_max_tokens), seed=secrets.randbelow(MAX_SEED + 1)
     )
-    return AdmittedRequest(request_id, prompt, sampling)
+    check_token_ids_in_vocabulary(sampling, model.vocab_size, frozenset(model.eos_token_ids))
+    return AdmittedRequest(
+        request_id=request.request_id or f"req-{secrets.token_hex(8)}",
+        prompt=prompt,
+        sampling=sampling,
+        n=request.sampling.n or 1,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )
 
 
 def check_model(name: str, model: types.ModelInfo) -> None:
@@ -112,8 +129,18 @@ def _need(tokenizer: Tokenizer | None, field: str) -> Tokenizer:
     return tokenizer
 
 
-def _request_id(request_id: str) -> str:
-    if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
-        problem = f"must be at most {MAX_REQUEST_ID} printable characters"
-        raise InvalidArgumentError("request_id", problem)
-    return request_id or f"req-{secrets.token_hex(8)}"
+def _check_request(sampling: types.SamplingParams, tokenizer: Tokenizer | None) -> None:
+    """What `SamplingParams` cannot check, since it has no n and knows no tokenizer."""
+    if sampling.HasField("n") and not 1 <= sampling.n <= MAX_N:
+        raise InvalidArgumentError("n", f"{sampling.n} is not between 1 and {MAX_N}")
+    for field, asked in (
+        ("stop", len(sampling.stop) > 0),
+        ("structured_output", sampling.HasField("structured_output")),
+    ):
+        if asked and tokenizer is None:
+            raise InvalidArgumentError(field, "the model has no tokenizer, and so no text")
+
+
+def _check_printable(field: str, text: str, most: int) -> None:
+    if len(text) > most or not text.isprintable():
+        raise InvalidArgumentError(field, f"must be at most {most} printable characters")

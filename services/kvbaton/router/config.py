@@ -13,6 +13,7 @@ class RouterConfig:
     model: str = option(DEFAULT_MODEL, "Model whose tokenizer and chat template to use, as the workers have it.")
     prefill: tuple[str, ...] = option((), "Prefill workers, as host:port, separated by commas.")
     decode: tuple[str, ...] = option((), "Decode workers, as host:port, separated by commas.")
+    workers: tuple[str, ...] = option((), "Workers that serve both legs, as host:port, separated by commas.")
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = port_option(7000, "Port for clients; 0 takes a free one.")
     default_max_tokens: int = option(

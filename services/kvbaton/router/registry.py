@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 import grpc
 
 from kvbaton.engine.errors import StartupError
-from kvbaton.router.policy import Candidate, Choice, choose_pair
+from kvbaton.router.policy import Candidate, choose
 from kvbaton.v1 import types_pb2 as types
 from kvbaton.v1 import worker_pb2 as pb
 from kvbaton.v1.worker_pb2_grpc import WorkerServiceStub
 
 logger = logging.getLogger(__name__)
 
-PREFILL, DECODE = pb.WORKER_ROLE_PREFILL, pb.WORKER_ROLE_DECODE
-_ROLE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
+PREFILL, DECODE, UNIFIED = pb.WORKER_ROLE_PREFILL, pb.WORKER_ROLE_DECODE, pb.WORKER_ROLE_UNIFIED
+_ROLE_NAMES = {PREFILL: "prefill", DECODE: "decode", UNIFIED: "unified"}
+_OPTIONS = {PREFILL: "--prefill", DECODE: "--decode", UNIFIED: "--workers"}
 _STATUS_INTERVAL_SECONDS = 0.25
 _REDIAL_SECONDS = 0.25
 
@@ -48,20 +49,59 @@ class Worker:
         return self.connected and not self.problem
 
     @contextlib.contextmanager
-    def carrying(self, num_tokens: int) -> Iterator[None]:
-        """Count a request of `num_tokens` prompt tokens as in flight for the length of the block."""
+    def carrying(self) -> Iterator[None]:
+        """Count a request as in flight for the length of the block."""
         self.num_in_flight += 1
-        self.tokens_in_flight += num_tokens
         try:
             yield
         finally:
             self.num_in_flight -= 1
+
+    @contextlib.contextmanager
+    def prefilling(self, num_tokens: int) -> Iterator[None]:
+        """Count `num_tokens` tokens as being computed for the length of the block."""
+        self.tokens_in_flight += num_tokens
+        try:
+            yield
+        finally:
             self.tokens_in_flight -= num_tokens
+
+    @property
+    def prefills(self) -> bool:
+        """Whether prompts can be computed there now: its role allows it, and its limits."""
+        return self.usable and self.role in (PREFILL, UNIFIED) and self._limits.max_prefill_tokens > 0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether answers can be decoded there now."""
+        return self.usable and self.role in (DECODE, UNIFIED) and self._limits.max_decode_seqs > 0
+
+    @property
+    def _limits(self) -> pb.EngineLimits:
+        if self.status is None or not self.status.HasField("limits"):
+            return pb.EngineLimits(max_prefill_tokens=1, max_decode_seqs=1)
+        return self.status.limits
 
     def candidate(self) -> Candidate:
         """The worker as the policy sees it."""
         queued = self.status.queues.num_waiting if self.status is not None else 0
-        return Candidate(self.address, self.num_in_flight, self.tokens_in_flight, queued)
+        return Candidate(self.address, self.num_in_flight, self.tokens_in_flight, queued, self.prefills)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one attempt at an answer runs."""
+
+    prefill: Worker | None
+    """None: the decode worker computes the prompt itself."""
+    decode: Worker
+    reason: str
+
+    @property
+    def usable(self) -> bool:
+        """Whether it could still be chosen now."""
+        prefills = self.decode.prefills if self.prefill is None else self.prefill.prefills
+        return prefills and self.decode.decodes
 
 
 @dataclass(slots=True)
@@ -79,17 +119,16 @@ class Registry:
 
     @property
     def ready(self) -> bool:
-        """Whether there is a usable worker of each role."""
+        """Whether a request can be placed."""
         return self._ready
 
-    def choose(self) -> tuple[Worker, Worker, Choice]:
-        """The prefill and the decode worker for a request. Raises UnavailableError when a role has none."""
-        usable = {role: [w for w in self.workers if w.role == role and w.usable] for role in (PREFILL, DECODE)}
-        choice = choose_pair(
-            [w.candidate() for w in usable[PREFILL]], [w.candidate() for w in usable[DECODE]], self._rng
-        )
-        by_address = {(w.role, w.address): w for w in self.workers}
-        return by_address[PREFILL, choice.prefill], by_address[DECODE, choice.decode], choice
+    def choose(self) -> Placement:
+        """Where the next request goes. Raises UnavailableError when nobody prefills, or nobody decodes."""
+        prefill = {w.address: w for w in self.workers if w.prefills}
+        decode = {w.address: w for w in self.workers if w.decodes}
+        choice = choose([w.candidate() for w in prefill.values()], [w.candidate() for w in decode.values()], self._rng)
+        chosen = None if choice.prefill is None else prefill[choice.prefill]
+        return Placement(chosen, decode[choice.decode], choice.reason)
 
     async def watch_all(self) -> None:
         """Follow every worker until cancelled. Raises StartupError as the module says."""
@@ -128,8 +167,7 @@ class Registry:
 
     def _contradiction(self, worker: Worker, status: pb.WorkerStatus) -> str:
         if status.role != worker.role:
-            wanted = _ROLE_NAMES[worker.role]
-            return f"--{wanted} {worker.address}: is a {_ROLE_NAMES.get(status.role, 'nameless')} worker"
+            return f"{_OPTIONS[worker.role]} {worker.address}: is a {_ROLE_NAMES.get(status.role, 'nameless')} worker"
         if self.model is None or not any(other.usable for other in self.workers if other is not worker):
             # The first to come, or the first after all others have gone, says what is served from now on.
             self.model = status.model
@@ -148,7 +186,7 @@ class Registry:
         return ""
 
     def _check_readiness(self) -> None:
-        ready = all(any(w.usable for w in self.workers if w.role == role) for role in (PREFILL, DECODE))
+        ready = any(w.prefills for w in self.workers) and any(w.decodes for w in self.workers)
         if ready != self._ready:
             self._ready = ready
             self._was_ready = self._was_ready or ready

@@ -1,12 +1,13 @@
 """A router, from its options to its end."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Sequence
 
 from kvbaton.engine.errors import StartupError
 from kvbaton.router.config import RouterConfig
-from kvbaton.router.registry import DECODE, PREFILL, Registry, Worker
+from kvbaton.router.registry import DECODE, PREFILL, UNIFIED, Registry, Worker
 from kvbaton.router.servicer import AdminServicer, InferenceServicer
 from kvbaton.rpc.serving import Server, channel, check_peer, probe, serving
 from kvbaton.text.bundled import resolve_model
@@ -19,12 +20,16 @@ logger = logging.getLogger(__name__)
 async def serve_router(config: RouterConfig, stop: asyncio.Event, started: "asyncio.Future[Server]") -> None:
     """Serve until `stop` is set, drain. `started` gets the server when it listens.
 
-    Health says SERVING while there is a usable pair of workers. Raises StartupError when the router cannot start, or
+    Health says SERVING while a request could be placed. Raises StartupError when the router cannot start, or
     when its workers turn out to contradict each other before it was ever ready.
     """
     _check(config)
     await probe(config.host, config.port)
-    workers = _workers(config.prefill, PREFILL) + _workers(config.decode, DECODE)
+    workers = [
+        *_workers(config.prefill, PREFILL),
+        *_workers(config.decode, DECODE),
+        *_workers(config.workers, UNIFIED),
+    ]
     readiness = asyncio.Event()
     registry = Registry(workers, on_readiness=lambda _: readiness.set())
     tokenizer = load_tokenizer(resolve_model(config.model))
@@ -54,20 +59,23 @@ async def _announce(server: Server, registry: Registry, changed: asyncio.Event) 
         if registry.ready and registry.model is not None:
             logger.info("router ready on %s, serving %s", server.address, registry.model.name)
         else:
-            logger.warning("router not ready: no usable pair of workers")
+            logger.warning("router not ready: it needs workers for both legs")
 
 
 def _check(config: RouterConfig) -> None:
-    for option, addresses in (("prefill", config.prefill), ("decode", config.decode)):
-        if not addresses:
+    named = {"prefill": config.prefill, "decode": config.decode, "workers": config.workers}
+    for option in ("prefill", "decode"):
+        if not named[option] and not config.workers:
             raise StartupError(f"--{option}: name at least one worker, as host:port")
+    for option, addresses in named.items():
         if len(set(addresses)) != len(addresses):
             raise StartupError(f"--{option}: a worker is named twice")
         for address in addresses:
             check_peer(option, address)
-    both = sorted(set(config.prefill) & set(config.decode))
-    if both:
-        raise StartupError(f"--prefill and --decode: {', '.join(both)} cannot be both")
+    for (one, first), (other, second) in itertools.combinations(named.items(), 2):
+        both = sorted(set(first) & set(second))
+        if both:
+            raise StartupError(f"--{one} and --{other}: {', '.join(both)} cannot be both")
 
 
 def _workers(addresses: Sequence[str], role: WorkerRole) -> list[Worker]:

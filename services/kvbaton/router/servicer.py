@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -12,7 +12,7 @@ from opentelemetry.trace import Span
 from kvbaton.engine.errors import OverloadedError, UnavailableError
 from kvbaton.engine.tokens import pack_token_ids
 from kvbaton.router.admission import (
-    AdmittedRequest,
+    MAX_N,
     admit,
     check_model,
     check_prompt,
@@ -21,7 +21,7 @@ from kvbaton.router.admission import (
 )
 from kvbaton.router.config import RouterConfig
 from kvbaton.router.dispatch import Dispatch
-from kvbaton.router.registry import Registry
+from kvbaton.router.registry import Placement, Registry
 from kvbaton.rpc import telemetry
 from kvbaton.rpc.serving import Registration
 from kvbaton.text.tokenizer import Tokenizer
@@ -34,18 +34,25 @@ _FINISH_NAMES = {types_pb2.FINISH_REASON_STOP: "stop", types_pb2.FINISH_REASON_L
 
 
 class _Relay:
-    """Writes one request's tokens to its client, and notes when."""
+    """Writes one request's events to its client, and notes when the first answer's tokens left."""
 
-    def __init__(self, write: Callable[..., object], span: Span, timings: types_pb2.Timings) -> None:
+    def __init__(self, write: Callable[[pb.GenerateResponse], Awaitable[None]], span: Span) -> None:
         self._write = write
         self._span = span
         self._arrived = time.monotonic()
         self._first_at: float | None = None
-        self.timings = timings
+        # Answers to one prompt share the stream, and a stream takes one message at a time.
+        self._writing = asyncio.Lock()
+        self.timings = types_pb2.Timings()
 
-    async def emit(self, tokens: types_pb2.TokenEvent) -> None:
-        """Pass tokens on."""
-        await self._write(pb.GenerateResponse(tokens=tokens))  # type: ignore[misc]
+    async def emit(self, response: pb.GenerateResponse) -> None:
+        """Pass an event on."""
+        async with self._writing:
+            await self._write(response)
+        if response.HasField("tokens") and response.tokens.sequence == 0:
+            self._note(response.tokens)
+
+    def _note(self, tokens: types_pb2.TokenEvent) -> None:
         if tokens.first_index == 0:
             self._first_at = time.monotonic()
             self.timings.time_to_first_token_seconds = self._first_at - self._arrived
@@ -85,13 +92,15 @@ class InferenceServicer(InferenceServiceServicer):
         """See the proto."""
         if self._num_in_flight >= self._config.max_in_flight:
             raise OverloadedError(f"{self._num_in_flight} requests are in flight already")
-        self._num_in_flight += 1
+        # n is checked later; until then it must not do harm.
+        weight = min(max(request.sampling.n, 1), MAX_N)
+        self._num_in_flight += weight
         span = telemetry.start_span(telemetry.SPAN_GENERATE)
         token = otel_context.attach(telemetry.context_with(span))
         try:
             await self._generate(request, context, span)
         finally:
-            self._num_in_flight -= 1
+            self._num_in_flight -= weight
             otel_context.detach(token)
             span.end()
 
@@ -121,38 +130,29 @@ class InferenceServicer(InferenceServiceServicer):
         context: "grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]",
         span: Span,
     ) -> None:
-        timings = types_pb2.Timings()
-        relay = _Relay(context.write, span, timings)
+        relay = _Relay(context.write, span)
         model = self._model()
         check_model(request.model, model)
         prompt = await self._tokenize(request.prompt, model)
-        admitted = admit(request, prompt, model, self._config.default_max_tokens)
+        admitted = admit(request, prompt, model, self._tokenizer, self._config.default_max_tokens)
         # A write that a failing leg cancels must not be the one that carries the headers: gRPC could then send no
         # status any more, and the client would wait for ever.
         await context.send_initial_metadata(())
-        routing = telemetry.start_span(telemetry.SPAN_ROUTE)
-        prefill, decode, choice = self._registry.choose()
-        routing.set_attribute("kvbaton.reason", choice.reason)
-        routing.end()
-        dispatch = Dispatch(admitted, prefill, decode, relay.emit, timings)
+        dispatch = Dispatch(admitted, self._choose, relay.emit)
         await dispatch.run(context.time_remaining())
         relay.end()
-        _describe(span, model, admitted, dispatch)
-        finished = pb.GenerateFinished(
-            request_id=admitted.request_id,
-            model=model.name,
-            finish_reason=dispatch.finish_reason,
-            usage=types_pb2.Usage(
-                prompt_tokens=len(prompt),
-                completion_tokens=dispatch.num_emitted,
-                cached_tokens=dispatch.cached_tokens,
-            ),
-            timings=timings,
-            seed=admitted.sampling.seed,
-            prefill_worker=prefill.address,
-            decode_worker=decode.address,
-        )
+        _describe(span, model, dispatch)
+        finished = _finished(dispatch, model, relay.timings)
         await context.write(pb.GenerateResponse(finished=finished))
+
+    def _choose(self) -> Placement:
+        routing = telemetry.start_span(telemetry.SPAN_ROUTE)
+        try:
+            placement = self._registry.choose()
+            routing.set_attribute("kvbaton.reason", placement.reason)
+        finally:
+            routing.end()
+        return placement
 
     def _model(self) -> types_pb2.ModelInfo:
         if self._registry.model is None:
@@ -198,15 +198,39 @@ class AdminServicer(AdminServiceServicer):
         )
 
 
-def _describe(span: Span, model: types_pb2.ModelInfo, admitted: AdmittedRequest, dispatch: Dispatch) -> None:
+def _finished(dispatch: Dispatch, model: types_pb2.ModelInfo, timings: types_pb2.Timings) -> pb.GenerateFinished:
+    request, first = dispatch.request, dispatch.first
+    timings.MergeFrom(first.timings)
+    finished = pb.GenerateFinished(
+        request_id=request.request_id,
+        model=model.name,
+        finish_reason=first.finish_reason,
+        usage=types_pb2.Usage(
+            prompt_tokens=len(request.prompt),
+            completion_tokens=dispatch.num_tokens,
+            cached_tokens=first.cached_tokens,
+        ),
+        timings=timings,
+        seed=request.sampling.seed,
+        num_resumes=sum(answer.num_resumes for answer in dispatch.answers),
+    )
+    if first.placement is not None:
+        finished.prefill_worker = (first.placement.prefill or first.placement.decode).address
+        finished.decode_worker = first.placement.decode.address
+    return finished
+
+
+def _describe(span: Span, model: types_pb2.ModelInfo, dispatch: Dispatch) -> None:
     span.set_attributes(
         {
             telemetry.ATTR_OPERATION_NAME: "text_completion",
             telemetry.ATTR_PROVIDER_NAME: telemetry.PROVIDER_NAME,
             telemetry.ATTR_REQUEST_MODEL: model.name,
-            telemetry.ATTR_REQUEST_ID: admitted.request_id,
-            telemetry.ATTR_INPUT_TOKENS: len(admitted.prompt),
-            telemetry.ATTR_OUTPUT_TOKENS: dispatch.num_emitted,
-            telemetry.ATTR_FINISH_REASONS: [_FINISH_NAMES.get(dispatch.finish_reason, "unknown")],
+            telemetry.ATTR_REQUEST_ID: dispatch.request.request_id,
+            telemetry.ATTR_INPUT_TOKENS: len(dispatch.request.prompt),
+            telemetry.ATTR_OUTPUT_TOKENS: dispatch.num_tokens,
+            telemetry.ATTR_FINISH_REASONS: [
+                _FINISH_NAMES.get(answer.finish_reason, "unknown") for answer in dispatch.answers
+            ],
         }
     )

@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from kvbaton.engine.errors import (
     InvalidArgumentError,
     KvbatonError,
+    NotANumberError,
     NotFoundError,
     OverloadedError,
     TransferRejectedError,
@@ -30,6 +31,9 @@ _log = logging.getLogger(__name__)
 DETAILS_KEY = "grpc-status-details-bin"
 """Trailing metadata that carries a serialised google.rpc.Status."""
 
+NOT_A_NUMBER_REASON = "NOT_A_NUMBER"
+"""Reason of the ErrorInfo that tells a model's failure from a service's, which is INTERNAL as well."""
+
 INTERNAL_MESSAGE = "internal error; the service's log has the cause"
 
 # Status and details share HTTP/2's 8 KiB of trailers, percent-encoded and base64-encoded; past it a peer sees
@@ -43,8 +47,15 @@ _CODES: tuple[tuple[type[BaseException], grpc.StatusCode], ...] = (
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (TransferRejectedError, grpc.StatusCode.ABORTED),
+    (NotANumberError, grpc.StatusCode.INTERNAL),
     (TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
 )
+
+# Its inverse, where a code means one exception, and the message is all that it has.
+_PLAIN: dict[grpc.StatusCode, type[KvbatonError]] = {
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.ABORTED: TransferRejectedError,
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ def to_rpc_status(error: BaseException) -> RpcStatus:
     """
     cause = root_cause(error)
     code = status_code(cause)
-    if code is grpc.StatusCode.INTERNAL:
+    if code is grpc.StatusCode.INTERNAL and not isinstance(cause, NotANumberError):
         _log.error("a handler failed: %s", cause, exc_info=error)
         return RpcStatus(code, INTERNAL_MESSAGE)
     message = _bounded(str(cause) or code.name.lower().replace("_", " "))
@@ -98,15 +109,17 @@ def from_rpc_error(error: grpc.aio.AioRpcError, peer: str) -> KvbatonError | Tim
             first = violation.field_violations[0]
             return InvalidArgumentError(first.field, first.description)
         return InvalidArgumentError("request", details)
-    if code is grpc.StatusCode.NOT_FOUND:
-        return NotFoundError(details)
+    if code in _PLAIN:
+        return _PLAIN[code](details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         retry = error_details_pb2.RetryInfo()
         if _find_detail(error, retry):
             return OverloadedError(details, retry.retry_delay.ToTimedelta().total_seconds())
         return OverloadedError(details)
-    if code is grpc.StatusCode.ABORTED:
-        return TransferRejectedError(details)
+    if code is grpc.StatusCode.INTERNAL:
+        info = error_details_pb2.ErrorInfo()
+        if _find_detail(error, info) and info.reason == NOT_A_NUMBER_REASON:
+            return NotANumberError(details)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TimeoutError(f"{peer}: {details}")
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -151,6 +164,9 @@ def _detail(error: BaseException) -> Message | None:
         duration = duration_pb2.Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
         retry_info: Message = error_details_pb2.RetryInfo(retry_delay=duration)
         return retry_info
+    if isinstance(error, NotANumberError):
+        error_info: Message = error_details_pb2.ErrorInfo(reason=NOT_A_NUMBER_REASON, domain="kvbaton")
+        return error_info
     return None
 
 

@@ -8,15 +8,16 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-from kvbaton.engine.core import Engine, EngineCounters, StepResult
-from kvbaton.engine.errors import KvbatonError, OverloadedError
-from kvbaton.engine.request import Request, Route
-from kvbaton.engine.sampling import SamplingParams
-from kvbaton.engine.scheduler import Counts, TokenSampled
+from kvbaton.engine.core import Engine
+from kvbaton.engine.counters import EngineCounters
+from kvbaton.engine.errors import KvbatonError, OverloadedError, PreemptedError
+from kvbaton.engine.output import TokenLogprobs
+from kvbaton.engine.request import Request
+from kvbaton.engine.scheduler import Counts, Limits, NewRequest, StepResult, TokenSampled
 from kvbaton.handoff.clock import wall_seconds
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,10 @@ _MAX_COMMANDS = 8192
 
 class EngineFailedError(Exception):
     """The forward pass, or the engine itself, raised; the requests it was for end with INTERNAL."""
+
+
+Event = Request | TokenSampled | list[TokenLogprobs] | Exception
+"""What a handle is told: its admission, a token, logprobs of its prompt, or its end."""
 
 
 @dataclass(slots=True)
@@ -39,6 +44,8 @@ class RequestHandle:
     on_first_token: Callable[[int], None] | None = None
     """Called on the engine's thread, before the loop hears of it."""
     request: Request | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, where asked for; all are there before the first token."""
     _tokens: list[TokenSampled] = field(default_factory=list)
     _error: Exception | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -50,7 +57,10 @@ class RequestHandle:
         return self.request
 
     async def next_tokens(self) -> list[TokenSampled]:
-        """Wait for tokens and take all that have come. Raises what ended the request instead."""
+        """Wait for tokens and take all that have come. Raises what ended the request instead.
+
+        That is PreemptedError where it was handed back; the tokens before it are all taken first.
+        """
         while not self._tokens:
             await self._wait()
         tokens, self._tokens = self._tokens, []
@@ -62,10 +72,12 @@ class RequestHandle:
         self._changed.clear()
         await self._changed.wait()
 
-    def deliver(self, event: "Request | TokenSampled | Exception") -> None:
+    def deliver(self, event: Event) -> None:
         """Event loop only: something happened to the request."""
         if isinstance(event, TokenSampled):
             self._tokens.append(event)
+        elif isinstance(event, list):
+            self.prompt_logprobs += event
         elif isinstance(event, Request):
             self.request = event
         else:
@@ -86,7 +98,10 @@ class Snapshot:
     """The engine's state between two steps."""
 
     counts: Counts
+    limits: Limits
     num_free_blocks: int
+    """Held by nobody, cached ones included."""
+    num_cached_blocks: int
     counters: EngineCounters
     requests_finished: int
     requests_cancelled: int
@@ -126,12 +141,15 @@ class EngineThread:
         if self._failure is not None:
             raise self._failure
 
-    def submit(self, handle: RequestHandle, prompt: Sequence[int], sampling: SamplingParams, route: Route) -> None:
-        """Queue a request; its fate comes through `handle`. Raises OverloadedError when commands pile up."""
+    def submit(self, handle: RequestHandle, new: NewRequest) -> None:
+        """Queue a request; its fate comes through `handle`, which has the same id.
+
+        Raises OverloadedError when commands pile up.
+        """
 
         def add() -> None:
             try:
-                self._engine.scheduler.add(handle.request_id, prompt, sampling, route, wall_seconds())
+                self._engine.scheduler.add(new, wall_seconds())
             except KvbatonError as error:
                 self._loop.call_soon_threadsafe(handle.deliver, error)
             else:
@@ -144,10 +162,13 @@ class EngineThread:
 
         def start() -> None:
             if request_id in self._handles:
-                event = self._engine.scheduler.kv_received(request_id, first_token_id, wall_seconds())
-                self._dispatch(StepResult([], [event]))
+                self._dispatch(self._engine.scheduler.kv_received(request_id, first_token_id, wall_seconds()))
 
         self._send(start, _ignore)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Change what a step may carry, from the next one on. Raises OverloadedError when commands pile up."""
+        self._send(lambda: self._engine.scheduler.set_limits(limits), _ignore)
 
     def remove(self, handle: RequestHandle, *, finished: bool) -> None:
         """End a request between two steps and free its blocks; an ended one is left as it is.
@@ -185,7 +206,9 @@ class EngineThread:
             result.set_result(
                 Snapshot(
                     scheduler.counts(),
+                    scheduler.limits,
                     scheduler.pool.num_free,
+                    scheduler.pool.num_cached,
                     replace(self._engine.counters),
                     self._num_finished,
                     self._num_cancelled,
@@ -212,9 +235,7 @@ class EngineThread:
             # Nothing of the engine can be trusted now. Whoever waits is told, and the service ends (`serve_until`).
             logger.exception("the engine has failed; this worker serves nothing any more")
             self._failure = EngineFailedError("the engine has failed")
-            ended: list[tuple[RequestHandle, Request | TokenSampled | Exception]] = [
-                (handle, self._failure) for handle in self._handles.values()
-            ]
+            ended: list[tuple[RequestHandle, Event]] = [(handle, self._failure) for handle in self._handles.values()]
             self._loop.call_soon_threadsafe(_deliver, ended)
             self._loop.call_soon_threadsafe(self._failed.set)
             self._refuse_commands()
@@ -243,26 +264,44 @@ class EngineThread:
             pass
 
     def _dispatch(self, result: StepResult) -> None:
-        events: list[tuple[RequestHandle, Request | TokenSampled | Exception]] = [
-            (self._handles[request.request_id], request) for request in result.admitted
-        ]
+        handles = self._handles
+        events: list[tuple[RequestHandle, Event]] = []
+        for request in result.preempted:
+            # It has left the engine; nothing is there any more for `remove` to end.
+            handle = handles.pop(request.request_id)
+            events.append((handle, PreemptedError("this worker ran out of KV blocks")))
+        events += [(handles[request.request_id], request) for request in result.admitted]
+        events += [(handles[request.request_id], list(logprobs)) for request, logprobs in result.prompt_logprobs]
         for event in result.sampled:
-            handle = self._handles[event.request.request_id]
-            if event.index == 0 and handle.on_first_token is not None:
+            request = event.request
+            handle = handles[request.request_id]
+            if handle.on_first_token is not None and event.index == request.num_resumed:
                 handle.on_first_token(event.token_id)
             events.append((handle, event))
-        if result.error is not None:
-            logger.error("the forward pass failed for %d requests", len(result.failed), exc_info=result.error)
-            failure = EngineFailedError("the forward pass failed")
-            events += [(self._handles[request.request_id], failure) for request in result.failed]
+        events += [(handles[request.request_id], error) for request, error in _explained(result)]
         if events:
             self._loop.call_soon_threadsafe(_deliver, events)
+
+
+def _explained(result: StepResult) -> list[tuple[Request, Exception]]:
+    """The requests that failed, and what their callers are told: of errors not made for them, no more than the kind."""
+    failed: list[tuple[Request, Exception]] = []
+    logged: set[int] = set()
+    for request, error in result.failed:
+        if isinstance(error, KvbatonError):
+            failed.append((request, error))
+            continue
+        if id(error) not in logged:
+            logged.add(id(error))
+            logger.error("a step failed, for %s and others", request.request_id, exc_info=error)
+        failed.append((request, EngineFailedError("the forward pass failed")))
+    return failed
 
 
 def _ignore(_: Exception) -> None:
     """For commands whose caller hears of a failure in another way."""
 
 
-def _deliver(events: "list[tuple[RequestHandle, Request | TokenSampled | Exception]]") -> None:
+def _deliver(events: list[tuple[RequestHandle, Event]]) -> None:
     for handle, event in events:
         handle.deliver(event)
