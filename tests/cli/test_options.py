@@ -17,10 +17,12 @@ from kvbaton.decode.config import DecodeConfig
 from kvbaton.engine.errors import StartupError
 from kvbaton.prefill.config import PrefillConfig
 from kvbaton.router.config import RouterConfig
+from kvbaton.unified.config import UnifiedConfig
 
 CONFIGS: dict[str, type[Any]] = {
     "prefill": PrefillConfig,
     "decode": DecodeConfig,
+    "worker": UnifiedConfig,
     "router": RouterConfig,
     "up": UpConfig,
 }
@@ -166,10 +168,14 @@ def test_wrong_flags_are_errors(prefill: Command, arguments: list[str], problem:
         ("decode", "--kv-port", ["-1", "65536"], "0"),
         ("router", "--port", ["65536"], "0"),
         ("up", "--port", ["65536"], "0"),
-        ("up", "--prefill", ["0"], "2"),
-        ("up", "--decode", ["0"], "2"),
+        ("worker", "--max-prefill-tokens", ["0"], "1"),
+        ("worker", "--max-decode-seqs", ["0"], "1"),
+        ("worker", "--target-itl-ms", ["-1", "nan", "60001"], "60000"),
+        ("up", "--prefill", ["-1"], "0"),
+        ("up", "--decode", ["-1"], "0"),
+        ("up", "--unified", ["-1"], "2"),
         ("up", "--max-decode-seqs", ["0"], "1"),
-        ("up", "--max-prefill-tokens", ["0"], "1"),
+        ("up", "--max-prefill-tokens", ["-1"], "0"),
         ("up", "--threads", ["0"], "1"),
         ("up", "--block-size", ["4097"], "1"),
         ("prefill", "--memory-share", ["0", "1.5", "nan"], "0.25"),

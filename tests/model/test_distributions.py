@@ -1,5 +1,6 @@
 """Draws have the distribution that the parameters mean: chi-squared against exact probabilities, seeds fixed."""
 
+import dataclasses
 import math
 from collections import Counter
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from kvbaton.model.sampler import sample
+from kvbaton.model.sampling_rows import SamplingRow
 from support.sampling import EOS, chi_squared, critical_value, logits_of, row
 
 VOCAB = 24
@@ -43,7 +45,11 @@ def exact(logits: torch.Tensor, **params: Any) -> torch.Tensor:
     return result / result.sum()
 
 
-def counts_of(logits: torch.Tensor, rows: list[Any]) -> torch.Tensor:
+def at_positions(one: SamplingRow) -> list[SamplingRow]:
+    return [dataclasses.replace(one, position=position) for position in range(NUM)]
+
+
+def counts_of(logits: torch.Tensor, rows: list[SamplingRow]) -> torch.Tensor:
     tokens = [token.token_id for token in sample(logits.expand(len(rows), -1), rows, EOS)]
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1]).double()
 
@@ -81,9 +87,9 @@ MEANINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("meaning", MEANINGS)
 def test_draws_have_the_exact_distribution(across: str, meaning: dict[str, Any]) -> None:
     logits = logits_of(1, seed=9)[0]
-    history = {"prompt": PROMPT, "output": OUTPUT}
+    history: dict[str, Any] = {"prompt": PROMPT, "output": OUTPUT}
     if across == "positions":
-        rows = [row(1234, position, **history, **meaning) for position in range(NUM)]
+        rows = at_positions(row(1234, **history, **meaning))
     else:
         rows = [row(seed, 17, **history, **meaning) for seed in range(NUM)]
     counts, probabilities = counts_of(logits, rows), exact(logits, **meaning)
@@ -99,14 +105,14 @@ def test_draws_have_the_exact_distribution(across: str, meaning: dict[str, Any])
 )
 def test_the_chi_squared_test_can_fail(wrong: dict[str, Any]) -> None:
     logits = logits_of(1, seed=9)[0]
-    counts = counts_of(logits, [row(1234, position, output=OUTPUT, **wrong) for position in range(NUM)])
+    counts = counts_of(logits, at_positions(row(1234, output=OUTPUT, **wrong)))
     statistic, degrees = chi_squared(counts, exact(logits))
     assert statistic > critical_value(degrees)
 
 
 def test_neighbouring_positions_are_independent() -> None:
-    rows = [row(77, position) for position in range(NUM)]
-    tokens = torch.tensor([token.token_id for token in sample(torch.zeros(NUM, 5), rows, EOS)])
+    sampled = sample(torch.zeros(NUM, 5), at_positions(row(77)), EOS)
+    tokens = torch.tensor([token.token_id for token in sampled])
     pairs = torch.bincount(tokens[:-1] * 5 + tokens[1:], minlength=25).double()
     statistic, degrees = chi_squared(pairs, torch.full((25,), 1 / 25, dtype=torch.float64))
     assert statistic < critical_value(degrees)

@@ -18,6 +18,7 @@ from kvbaton.decode.config import DecodeConfig
 from kvbaton.engine.errors import StartupError
 from kvbaton.prefill.config import PrefillConfig
 from kvbaton.router.config import RouterConfig
+from kvbaton.unified.config import UnifiedConfig
 
 _SUPERVISED = click.option("--supervised", is_flag=True, hidden=True)
 _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -60,6 +61,20 @@ def decode(supervised: bool, **values: Any) -> None:
     from kvbaton.decode.service import serve_decode
 
     run_service("decode", config, serve_decode, supervised)
+
+
+@main.command()
+@config_options("worker", UnifiedConfig)
+@_SUPERVISED
+def worker(supervised: bool, **values: Any) -> None:
+    """Run a unified worker: one engine that computes prompts and generates tokens, alone or with others.
+
+    It can stand on either side of a hand-off, and its limits, which are its role, can be changed while it runs.
+    --kv-port and --kv-endpoint are as for `kvbaton decode`.
+    """
+    from kvbaton.unified.service import serve_unified
+
+    run_service("worker", build_config(UnifiedConfig, values), serve_unified, supervised)
 
 
 @main.command()

@@ -20,6 +20,7 @@ from kvbaton.model.store import TorchKvStore
 from kvbaton.text.bundled import model_name, resolve_model
 from kvbaton.text.tokenizer import Tokenizer, load_tokenizer
 from kvbaton.v1 import types_pb2 as types
+from kvbaton.worker.admission import Admission
 from kvbaton.worker.config import WorkerConfig
 from kvbaton.worker.engine_thread import EngineThread
 from kvbaton.worker.kv_memory import allocate, check_size, num_blocks_for
@@ -37,6 +38,9 @@ class WorkerRuntime:
     store: TorchKvStore
     num_blocks: int
     tokenizer: Tokenizer | None
+    admission: Admission
+    limits: Limits
+    """Those that the engine starts with."""
     engine: EngineThread
 
 
@@ -64,6 +68,7 @@ def build_runtime(
     store = allocate(config, loaded, num_blocks)
     scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits, loaded.eos_token_ids, loaded.max_model_len)
     engine = Engine(scheduler, ModelRunner(loaded, store, on_layer))
+    tokenizer = load_tokenizer(path)
     info = model_info(loaded, config.served_model_name or model_name(path))
     logger.info(
         "model %s (%s, %s) loaded in %.1f s on %s: weights %s, KV pool %s (%d blocks of %d tokens)",
@@ -83,7 +88,9 @@ def build_runtime(
         host=host_identity(_gpu_uuids(loaded.device)),
         store=store,
         num_blocks=num_blocks,
-        tokenizer=load_tokenizer(path),
+        tokenizer=tokenizer,
+        admission=Admission(info, tokenizer),
+        limits=limits,
         engine=EngineThread(engine, loop),
     )
 
