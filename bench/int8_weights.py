@@ -43,6 +43,7 @@ class Layers(nn.Module):
     def __init__(self, matrices: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
+        self._widths = [matrix.shape[1] for matrix in matrices]
         for matrix in matrices:
             layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
             layer.weight = nn.Parameter(matrix, requires_grad=False)
@@ -50,7 +51,7 @@ class Layers(nn.Module):
 
     def forward(self, inputs: dict[int, torch.Tensor]) -> list[torch.Tensor]:
         """Outputs of all layers."""
-        return [layer(inputs[layer.in_features]) for layer in self.layers]
+        return [layer(inputs[width]) for layer, width in zip(self.layers, self._widths, strict=True)]
 
 
 def packed(matrices: Sequence[torch.Tensor]) -> Step:
