@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvbaton.engine import chunking, prefix
+from kvbaton.engine.budget import ChunkBudget, StepShape
 from kvbaton.engine.constraint import Constraint
 from kvbaton.engine.counters import EngineCounters
 from kvbaton.engine.errors import InvalidArgumentError, NotANumberError, OverloadedError
@@ -37,7 +38,7 @@ class Limits:
     max_waiting: int
     """Requests that may wait for blocks."""
     target_itl: float | None = None
-    """Seconds that a step which decodes should take; None: `max_prefill_tokens` alone decides."""
+    """Seconds that a step which decodes should take, by the choice of how much prompt it carries. None: no target."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +149,8 @@ class Scheduler:
     eos_token_ids: frozenset[int]
     max_model_len: int
     counters: EngineCounters = field(default_factory=EngineCounters)
+    chunk_budget: ChunkBudget = field(default_factory=ChunkBudget)
+    """Asked when the limits have a target; whoever measures steps tells it of them."""
     _requests: dict[str, Request] = field(default_factory=dict)
     _waiting: RankedRequests = field(default_factory=RankedRequests)
     _prefilling: RankedRequests = field(default_factory=RankedRequests)
@@ -201,9 +204,9 @@ class Scheduler:
     def make_room(self, now: float) -> list[Request]:
         """Give each sequence that is to decode a block for its next token; return those handed back for that."""
         preempted: list[Request] = []
-        size, index = self.pool.block_size, 0
-        while index < min(len(self._decoding), self.limits.max_decode_seqs):
-            request = self._decoding[index]
+        size = self.pool.block_size
+        for request in list(itertools.islice(self._decoding, self.limits.max_decode_seqs)):
+            # One that was handed back a moment ago has no blocks, and computed tokens: it asks for nothing.
             if request.num_computed == len(request.blocks) * size:
                 while not self.pool.can_allocate(1):
                     last = self._decoding[-1]
@@ -214,7 +217,6 @@ class Scheduler:
                 else:
                     request.blocks += self.pool.allocate(1)
                     self._num_growing -= not self._may_grow(request)
-            index += 1
         self.counters.requests_preempted += len(preempted)
         return preempted
 
@@ -256,7 +258,7 @@ class Scheduler:
             if request.milestones.decode_started is None:
                 request.milestones.decode_started = now
             slices.append(Slice(request, request.num_computed, 1, True))
-        for request, num_tokens in chunking.share(self._prefilling, self.limits.max_prefill_tokens):
+        for request, num_tokens in chunking.share(self._prefilling, self._prefill_budget(slices)):
             if request.milestones.prefill_started is None:
                 request.milestones.prefill_started = now
             last = num_tokens == request.num_uncomputed
@@ -325,6 +327,14 @@ class Scheduler:
         growing = [request for request in self._requests.values() if request.blocks and self._may_grow(request)]
         assert len(growing) == self._num_growing, f"{self._num_growing} requests grow, not {len(growing)}"
 
+    def _prefill_budget(self, decodes: Sequence[Slice]) -> int:
+        limits = self.limits
+        if limits.target_itl is None or not decodes or not self._prefilling:
+            return limits.max_prefill_tokens
+        shape = StepShape(len(decodes), sum(piece.start + 1 for piece in decodes))
+        start = self._prefilling[0].num_computed
+        return self.chunk_budget.choose(limits.target_itl, shape, start, limits.max_prefill_tokens)
+
     def _may_grow(self, request: Request) -> bool:
         return len(request.blocks) < self.pool.blocks_for(request.max_kv_tokens)
 
@@ -339,7 +349,7 @@ class Scheduler:
                 result.failed.append((request, error))
                 return
         request.output.append(token.token_id)
-        reason = self._finish_reason(request, token.token_id)
+        reason = _finish_reason(request, token.token_id, self.eos_token_ids)
         request.finish_reason = reason
         if request.route is Route.HAND_OFF:
             # Its blocks are read until the KV has left, whatever the token was: `remove` ends it.
@@ -362,15 +372,6 @@ class Scheduler:
         self.fail(request, now)
         result.failed.append((request, error))
 
-    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        sampling, num_output = request.sampling, len(request.output)
-        if num_output >= sampling.min_tokens:
-            if token_id in sampling.stop_token_ids:
-                return FinishReason.STOP
-            if token_id in self.eos_token_ids and not sampling.ignore_eos:
-                return FinishReason.STOP
-        return FinishReason.LENGTH if num_output >= sampling.max_tokens else None
-
     def _finish(self, request: Request, now: float) -> None:
         if request.phase is Phase.WAITING:
             self._waiting.discard(request)
@@ -383,3 +384,14 @@ class Scheduler:
         request.blocks = []
         request.milestones.finished = now
         request.move_to(Phase.FINISHED)
+
+
+def _finish_reason(request: Request, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+    """Why the request ends with `token_id`, its newest token; None when it goes on."""
+    sampling, num_output = request.sampling, len(request.output)
+    if num_output >= sampling.min_tokens:
+        if token_id in sampling.stop_token_ids:
+            return FinishReason.STOP
+        if token_id in eos_token_ids and not sampling.ignore_eos:
+            return FinishReason.STOP
+    return FinishReason.LENGTH if num_output >= sampling.max_tokens else None
