@@ -60,13 +60,38 @@ class Asked:
     answer: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Wish:
+    """A request to come."""
+
+    num_shared: int
+    own: list[int]
+    max_tokens: int
+    route: Route
+    ignore_eos: bool
+    salt: str
+    priority: int
+
+
+WISHES = st.builds(
+    Wish,
+    num_shared=st.integers(1, len(PROMPT)),
+    own=st.lists(st.integers(8, 9), max_size=2),
+    max_tokens=st.sampled_from([1, 4, 16, 16]),
+    route=st.sampled_from([Route.LOCAL, Route.LOCAL, Route.LOCAL, Route.RECEIVE, Route.HAND_OFF]),
+    ignore_eos=st.sampled_from([True, True, True, False]),
+    salt=st.sampled_from(["", "", "", "salt"]),
+    priority=st.integers(0, 2),
+)
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """One worker in the middle of everything; requests of all routes at once."""
 
-    @initialize(num_blocks=st.integers(4, 12), block_size=st.integers(1, 4), waiting=st.integers(2, 6))
+    @initialize(num_blocks=st.integers(8, 12), block_size=st.integers(1, 4), waiting=st.integers(2, 6))
     def make(self, num_blocks: int, block_size: int, waiting: int) -> None:
         """Any pool, with nothing in it."""
-        limits = Limits(max_prefill_tokens=8, max_decode_seqs=4, max_waiting=waiting)
+        limits = Limits(max_prefill_tokens=20, max_decode_seqs=8, max_waiting=waiting)
         self.scheduler = Scheduler(BlockPool(num_blocks, block_size), limits, frozenset({EOS}), 1000)
         self.memory = [[-1] * block_size for _ in range(num_blocks)]
         self.now = 0.0
@@ -79,38 +104,23 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _of(self, request: Request) -> Asked:
         return next(asked for asked in self.asked if asked.request is request)
 
-    @rule(
-        num_shared=st.integers(1, len(PROMPT)),
-        own=st.lists(st.integers(8, 9), max_size=2),
-        max_tokens=st.integers(1, 16),
-        route=st.sampled_from(Route),
-        ignore_eos=st.booleans(),
-        salt=st.sampled_from(["", "", "salt"]),
-        priority=st.integers(0, 2),
-    )
-    def arrive(  # noqa: PLR0913
-        self,
-        num_shared: int,
-        own: list[int],
-        max_tokens: int,
-        route: Route,
-        ignore_eos: bool,
-        salt: str,
-        priority: int,
-    ) -> None:
-        """A request comes, and waits, or is refused for one of the two reasons that there are."""
-        prompt = PROMPT[:num_shared] + own
-        sampling = SamplingParams(max_tokens=max_tokens, seed=0, ignore_eos=ignore_eos)
-        new = new_request(str(len(self.asked)), prompt, sampling, route, cache_salt=salt, priority=priority)
-        try:
-            request = self.scheduler.add(new, self.now)
-        except OverloadedError:
-            line_is_full = len(self._in(Phase.WAITING)) >= self.scheduler.limits.max_waiting
-            kv_tokens = len(prompt) + (0 if route is Route.HAND_OFF else max_tokens - 1)
-            pool = self.scheduler.pool
-            assert line_is_full or kv_tokens > pool.num_blocks * pool.block_size
-            return
-        self.asked.append(Asked(prompt, sampling, salt, request))
+    @rule(wishes=st.lists(WISHES, min_size=2, max_size=5))
+    def arrive(self, wishes: list[Wish]) -> None:
+        """Requests come, and wait, or are refused for one of the two reasons that there are."""
+        for wish in wishes:
+            prompt = PROMPT[: wish.num_shared] + wish.own
+            sampling = SamplingParams(max_tokens=wish.max_tokens, seed=0, ignore_eos=wish.ignore_eos)
+            more = {"cache_salt": wish.salt, "priority": wish.priority}
+            new = new_request(str(len(self.asked)), prompt, sampling, wish.route, **more)
+            try:
+                request = self.scheduler.add(new, self.now)
+            except OverloadedError:
+                line_is_full = len(self._in(Phase.WAITING)) >= self.scheduler.limits.max_waiting
+                kv_tokens = len(prompt) + (0 if wish.route is Route.HAND_OFF else wish.max_tokens - 1)
+                pool = self.scheduler.pool
+                assert line_is_full or kv_tokens > pool.num_blocks * pool.block_size
+            else:
+                self.asked.append(Asked(prompt, sampling, wish.salt, request))
 
     @precondition(lambda self: self.handed_back)
     @rule()
@@ -126,13 +136,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(self._in(Phase.WAITING)) >= self.scheduler.limits.max_waiting
             self.handed_back.append(asked)
 
-    @rule(prefill=st.integers(0, 12), decode=st.integers(0, 4), waiting=st.integers(1, 6))
+    @rule(prefill=st.sampled_from([0, 1, 5, 40]), decode=st.sampled_from([0, 2, 8, 8]), waiting=st.integers(2, 6))
     def change_limits(self, prefill: int, decode: int, waiting: int) -> None:
         """An operator gives the worker another role."""
         limits = Limits(max_prefill_tokens=prefill, max_decode_seqs=decode, max_waiting=waiting)
         self.scheduler.set_limits(limits)
 
-    @rule(times=st.integers(1, 6))
+    @rule(times=st.integers(1, 10))
     def step(self, times: int) -> None:
         """Some steps of the engine."""
         for _ in range(times):
@@ -140,22 +150,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._record(self.scheduler.commit(batch, StepOutput(self._compute(batch)), self.now))
             self.every_block_is_accounted_for()
 
-    @rule()
-    def step_without_numbers(self) -> None:
-        """A step of which the first logits are not numbers."""
+    @rule(raises=st.booleans())
+    def step_that_fails(self, raises: bool) -> None:
+        """A forward pass that raises after it has written its KV, or one of which the first logits are not numbers."""
         batch = self._begin_step()
         sampled = self._compute(batch)
-        sampled[:1] = [SampledToken(NOT_A_NUMBER)] * len(sampled[:1])
-        self._record(self.scheduler.commit(batch, StepOutput(sampled), self.now))
-
-    @rule()
-    def step_that_fails(self) -> None:
-        """The forward pass raises, after it has written whatever it liked to its own slots."""
-        batch = self._begin_step()
-        self._compute(batch)
-        for piece in batch.slices:
-            self.scheduler.fail(piece.request, self.now)
-            self._of(piece.request).failed = True
+        if raises:
+            for piece in batch.slices:
+                self.scheduler.fail(piece.request, self.now)
+                self._of(piece.request).failed = True
+        else:
+            sampled[:1] = [SampledToken(NOT_A_NUMBER)] * len(sampled[:1])
+            self._record(self.scheduler.commit(batch, StepOutput(sampled), self.now))
 
     def _begin_step(self) -> Batch:
         self.now += 1
@@ -217,10 +223,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._of(request).failed = True
 
     @precondition(lambda self: self._in(Phase.RECEIVING))
-    @rule(data=st.data())
-    def receive(self, data: st.DataObject) -> None:
+    @rule(newest=st.booleans())
+    def receive(self, newest: bool) -> None:
         """Somebody's KV is there."""
-        self._receive(data.draw(st.sampled_from(self._in(Phase.RECEIVING))))
+        self._receive(self._in(Phase.RECEIVING)[-newest])
 
     def _receive(self, asked: Asked) -> None:
         request = asked.request
@@ -229,10 +235,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._record(self.scheduler.kv_received(request.request_id, token_after(all_kv(tokens)), self.now))
 
     @precondition(lambda self: self._in(Phase.HANDING_OFF))
-    @rule(data=st.data())
-    def hand_off(self, data: st.DataObject) -> None:
-        """Somebody's KV has left."""
-        self._hand_off(data.draw(st.sampled_from(self._in(Phase.HANDING_OFF))))
+    @rule()
+    def hand_off(self) -> None:
+        """KV has left."""
+        for asked in self._in(Phase.HANDING_OFF):
+            self._hand_off(asked)
 
     def _hand_off(self, asked: Asked) -> None:
         if not asked.failed:
@@ -242,7 +249,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         """A client goes, in whatever phase its request is."""
-        alive = [asked for asked in self.asked if asked.request.phase is not Phase.FINISHED]
+        alive = self._in(*set(Phase) - {Phase.FINISHED})
         if alive:
             asked = data.draw(st.sampled_from(alive))
             assert self.scheduler.remove(asked.request.request_id, self.now) is asked.request
@@ -292,5 +299,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestSchedulerMachine = SchedulerMachine.TestCase
