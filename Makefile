@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check format protos cuda train clean
+.PHONY: install demo test check format protos models cuda train clean
 
 install: $(INSTALLED)
 
@@ -34,6 +34,9 @@ protos:
 	$(PYTHON) -m venv build/protos
 	build/protos/bin/python -m pip install --quiet grpcio-tools==1.76.0 mypy-protobuf==3.7.0 setuptools==80.9.0
 	PATH=$(CURDIR)/build/protos/bin:$$PATH build/protos/bin/python scripts/gen_protos.py
+
+models: $(INSTALLED)
+	PYTHONPATH=tests $(BIN)/python -m support.models_page
 
 cuda: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m cuda

@@ -20,7 +20,7 @@ def test_sizes(name: str, millions: float) -> None:
 
 
 def test_a_seed_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(random_models.SHAPES, "tiny", tiny_models.CONFIGS["qwen3"]())
+    monkeypatch.setitem(random_models.SHAPES, "tiny", tiny_models.ARCHITECTURES["qwen3"].config())
     weights = [
         load_file(random_models.save_random_model("tiny", tmp_path / str(n), seed) / "model.safetensors")
         for n, seed in enumerate([1, 1, 2])

@@ -64,6 +64,40 @@ async def test_a_router_port_in_use_is_found_before_anything_is_started(monkeypa
             await deployed(UpConfig(port=port), lambda *_: None).__aenter__()
 
 
+async def test_each_kind_gets_its_options_and_the_router_their_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, Sequence[str]] = {}
+
+    async def stand_in(kind: str, name: str, flags: Sequence[str], environment: Mapping[str, str]) -> Process:
+        started[name] = flags
+        return await start(name, f"import sys; print('127.0.0.1:{len(started)}', flush=True); sys.stdin.read()")
+
+    async def serving(address: str) -> None:
+        assert address == "127.0.0.1:5"
+
+    monkeypatch.setattr(module, "_start", stand_in)
+    monkeypatch.setattr(module, "wait_until_serving", serving)
+    config = UpConfig(port=0, prefill=1, decode=1, unified=2, max_prefill_tokens=64, max_decode_seqs=3)
+    async with asyncio.timeout(20), deployed(config, lambda *_: None) as deployment:
+        assert [process.name for process in deployment.processes] == list(started)[-1:] + list(started)[:-1]
+    assert list(started) == ["prefill-1", "decode-1", "worker-1", "worker-2", "router"]
+    both = {"--max-prefill-tokens=64", "--max-decode-seqs=3"}
+    assert [both & set(flags) for flags in started.values()] == [
+        {"--max-prefill-tokens=64"},
+        {"--max-decode-seqs=3"},
+        both,
+        both,
+        set(),
+    ]
+    addresses = {"--prefill=127.0.0.1:1", "--decode=127.0.0.1:2", "--workers=127.0.0.1:3,127.0.0.1:4"}
+    assert addresses <= set(started["router"])
+
+
+@pytest.mark.parametrize("kinds", [{"prefill": 0}, {"decode": 0}, {"prefill": 0, "decode": 0}])
+async def test_a_deployment_that_could_not_answer_is_refused(kinds: dict[str, Any]) -> None:
+    with pytest.raises(StartupError, match="--prefill, --decode: one of each is needed, or --unified workers"):
+        await deployed(UpConfig(port=0, **kinds), lambda *_: None).__aenter__()
+
+
 async def followed(script: str) -> list[str]:
     lines: list[str] = []
     exits: asyncio.Queue[Any] = asyncio.Queue()

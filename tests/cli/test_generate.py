@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +91,59 @@ async def test_options_are_sent_and_what_is_left_out_is_not() -> None:
         await shell.run("--raw", *options, "hi")
     sampling = {"max_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.25, "seed": 0}
     assert shell.router.requests == [pb.GenerateRequest(prompt={"text": "hi"}, sampling=sampling)]
+
+
+async def test_what_an_answer_must_look_like_is_sent(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"title": "Grüße"}', encoding="utf-8")
+    options = ["--min-p", "0.5", "--repetition-penalty", "1.5", "--n", "2", "--stop", "a", "--stop", "b"]
+    async with terminal() as shell:
+        await shell.run("--raw", *options, "--json-schema", str(schema), "hi")
+        await shell.run("--raw", "--json", "--logprobs", "0", "--regex", "a+", "hi")
+    first, second = (request.sampling for request in shell.router.requests)
+    form = {"json_schema": '{"title": "Grüße"}'}
+    assert first == types.SamplingParams(
+        min_p=0.5, repetition_penalty=1.5, n=2, stop=["a", "b"], structured_output=form
+    )
+    assert second == types.SamplingParams(logprobs=0, structured_output={"regex": "a+"})
+
+
+async def two_answers(request: Any, context: Any) -> None:
+    likely = types.TokenLogprobs(token_id=10, logprob=-0.5, rank=1, top_token_ids=[10], top_logprobs=[-0.5])
+    for number, text in ((1, "no"), (0, "yes")):
+        event = types.TokenEvent(token_ids=[10], text=text, sequence=number, logprobs=[likely], stop="END" * number)
+        event.finish_reason = types.FINISH_REASON_STOP
+        await context.write(pb.GenerateResponse(tokens=event))
+    await context.write(pb.GenerateResponse(finished=pb.GenerateFinished(finish_reason=types.FINISH_REASON_STOP)))
+
+
+async def test_several_answers_are_printed_one_after_the_other() -> None:
+    async with terminal(two_answers) as shell:
+        plain = await shell.run("--n", "2", "hi")
+        as_json = await shell.run("--n", "2", "--json", "--logprobs", "1", "hi")
+    assert plain.stdout == "yes\n\nno\n"
+    answer = json.loads(as_json.stdout)
+    logprobs = [{"token_id": 10, "logprob": -0.5, "rank": 1, "top": [[10, -0.5]]}]
+    first = {"text": "yes", "token_ids": [10], "finish_reason": "stop", "logprobs": logprobs}
+    assert answer["sequences"] == [first, {**first, "text": "no", "stop": "END"}]
+    assert {name: answer[name] for name in first} == first
+
+
+@pytest.mark.parametrize("content", [None, b"\xff"])
+async def test_a_schema_that_cannot_be_read_is_a_usage_error(tmp_path: Path, content: bytes | None) -> None:
+    schema = tmp_path / "schema.json"
+    if content is not None:
+        schema.write_bytes(content)
+    async with terminal() as shell:
+        assert (await shell.run("--json-schema", str(schema), "hi")).exit_code == 2
+        assert shell.router.requests == []
+
+
+async def test_logprobs_are_for_scripts() -> None:
+    async with terminal() as shell:
+        result = await shell.run("--logprobs", "1", "hi")
+    assert result.exit_code == 2
+    assert "--logprobs needs --json" in result.stderr
 
 
 async def test_a_prompt_comes_from_standard_input() -> None:

@@ -17,10 +17,12 @@ from kvbaton.decode.config import DecodeConfig
 from kvbaton.engine.errors import StartupError
 from kvbaton.prefill.config import PrefillConfig
 from kvbaton.router.config import RouterConfig
+from kvbaton.unified.config import UnifiedConfig
 
 CONFIGS: dict[str, type[Any]] = {
     "prefill": PrefillConfig,
     "decode": DecodeConfig,
+    "worker": UnifiedConfig,
     "router": RouterConfig,
     "up": UpConfig,
 }
@@ -89,10 +91,12 @@ def test_every_option_can_be_set_in_every_way(config: type[Any], toml: Callable[
         value = _another(field)
         text = ",".join(value) if isinstance(value, tuple) else str(value)
         expected = dataclasses.replace(config(), **{field.name: value})
-        assert command.config("--" + field.name.replace("_", "-"), text) == expected
+        flag = "--" + field.name.replace("_", "-")
+        assert command.config(*([flag] if value is True else [flag, text])) == expected
         assert command.config(**{environment_name("x", field.name): text}) == expected
         written = list(value) if isinstance(value, tuple) else value
         quoted = f'"{written}"' if isinstance(written, str) else str(written).replace("'", '"')
+        quoted = "true" if value is True else quoted
         assert command.config("--config", toml(f"{field.name} = {quoted}")) == expected
 
 
@@ -103,6 +107,10 @@ def _another(field: "dataclasses.Field[Any]") -> Any:
     if isinstance(field.default, tuple):
         return ("a:1", "b:2")
     default: Any = field.default
+    if isinstance(default, bool):
+        return not default
+    if default == field.metadata["maximum"]:
+        return default / 2
     return "other" if isinstance(default, str) else default + 1
 
 
@@ -160,12 +168,17 @@ def test_wrong_flags_are_errors(prefill: Command, arguments: list[str], problem:
         ("decode", "--kv-port", ["-1", "65536"], "0"),
         ("router", "--port", ["65536"], "0"),
         ("up", "--port", ["65536"], "0"),
-        ("up", "--prefill", ["0"], "2"),
-        ("up", "--decode", ["0"], "2"),
+        ("worker", "--max-prefill-tokens", ["0"], "1"),
+        ("worker", "--max-decode-seqs", ["0"], "1"),
+        ("worker", "--target-itl-ms", ["-1", "nan", "60001"], "60000"),
+        ("up", "--prefill", ["-1"], "0"),
+        ("up", "--decode", ["-1"], "0"),
+        ("up", "--unified", ["-1"], "2"),
         ("up", "--max-decode-seqs", ["0"], "1"),
-        ("up", "--max-prefill-tokens", ["0"], "1"),
+        ("up", "--max-prefill-tokens", ["-1"], "0"),
         ("up", "--threads", ["0"], "1"),
         ("up", "--block-size", ["4097"], "1"),
+        ("prefill", "--memory-share", ["0", "1.5", "nan"], "0.25"),
     ],
 )
 def test_a_number_out_of_its_range_is_an_error(service: str, flag: str, bad: list[str], good: str) -> None:
@@ -206,6 +219,7 @@ def test_a_wrong_value_in_the_environment_is_an_error(prefill: Command) -> None:
         ('dtype = "float16"', "is not one of"),
         ("port = [1]", "port = [1] is of the wrong type"),
         ("port = 1.5", "port = 1.5 is of the wrong type"),
+        ('trust_remote_code = "perhaps"', "'perhaps' is not a valid boolean"),
         ("port = true", "port = True is of the wrong type"),
         ("port = 2024-01-01", "is of the wrong type"),
         ('model = ["a"]', "is of the wrong type"),
@@ -258,7 +272,8 @@ def test_help_names_every_option_its_variable_and_its_default(service: str) -> N
         assert environment_name(service, field.name) in text
         # Lines break at spaces and within words with hyphens.
         assert field.metadata["help"].replace(" ", "") in text.replace(" ", "")
-        if isinstance(field.default, int | float) or field.default:
+        # A switch that is off says nothing of it.
+        if field.default is not False and (isinstance(field.default, int | float) or field.default):
             shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
             assert f"default: {shown}" in text, field.name
     assert "--config" in text

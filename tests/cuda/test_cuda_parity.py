@@ -33,7 +33,7 @@ def worker(folder: Path) -> tuple[Scheduler, Engine, TorchKvStore]:
     return scheduler, Engine(scheduler, ModelRunner(loaded, store)), store
 
 
-@pytest.mark.parametrize("architecture", list(tiny_models.CONFIGS))
+@pytest.mark.parametrize("architecture", list(tiny_models.ARCHITECTURES))
 def test_moved_kv_gives_the_answers_of_transformers(architecture: str, tmp_path: Path) -> None:
     # TensorFloat-32 rounds far coarser than float32 does.
     torch.backends.cuda.matmul.allow_tf32 = False

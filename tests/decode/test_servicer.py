@@ -2,109 +2,19 @@
 ticket is closed and its blocks are free.
 """
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import pytest
 
-from kvbaton.decode.servicer import DecodeServicer
 from kvbaton.engine.errors import NotFoundError
-from kvbaton.engine.scheduler import Batch, Counts, Limits
+from kvbaton.engine.scheduler import Batch
 from kvbaton.engine.tokens import pack_token_ids
-from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, TicketBook
-from kvbaton.handoff.sender import KvSender, OutgoingTransfer, SenderCounters, Target
-from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
-from kvbaton.rpc.serving import Registration, channel, serving
 from kvbaton.v1 import decode_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 from kvbaton.v1.decode_pb2_grpc import DecodeServiceStub
-from kvbaton.worker.runtime import WorkerRuntime
-from support.fakes import GEOMETRY, PATIENCE, FakeRunner, FakeStore, fingerprint, make_runtime
-
-PROMPT = [5, 6, 7, 8, 9]
-FIRST = 50
-NUM_BLOCKS = 8
-LIMITS = Limits(max_prefill_tokens=0, max_decode_seqs=4, max_waiting=1)
-
-
-class Worker:
-    """A served decode worker with a fake model, and a prefill worker's sender beside it."""
-
-    def __init__(self, runner: FakeRunner) -> None:
-        self.store, self.book = FakeStore(), TicketBook()
-        self.runtime: WorkerRuntime = make_runtime(self.store, runner, LIMITS, NUM_BLOCKS)
-        self.channel: Any = None
-        self.address = ""
-
-    def decode(self, prompt: list[int] = PROMPT, **sampling: Any) -> Any:
-        return self.call(pb.DecodeRequest(request_id="r", prompt_token_ids=pack_token_ids(prompt)), **sampling)
-
-    def call(self, request: pb.DecodeRequest, **sampling: Any) -> Any:
-        values = {"max_tokens": 4, "seed": 0, "ignore_eos": True, **sampling}
-        request.sampling.CopyFrom(types.SamplingParams(**{k: v for k, v in values.items() if v is not None}))
-        return DecodeServiceStub(self.channel).Decode(request, timeout=PATIENCE)
-
-    async def send_kv(self, ticket: bytes, num_tokens: int = len(PROMPT)) -> FakeStore:
-        source, tokens = FakeStore(), range(num_tokens)
-        outgoing = OutgoingTransfer(GEOMETRY, tokens)
-        for layer in range(GEOMETRY.num_layers):
-            source.fill(layer, range(8), tokens)
-            outgoing.layer_ready(layer, num_tokens, range(8))
-        outgoing.first_token(FIRST)
-        sender = KvSender(source, fingerprint(), types.HostIdentity(), SenderCounters())
-        target = Target(endpoint=self.address, ticket=ticket, attempt=1, tokens=tokens)
-        await sender.send(self.channel, target, outgoing, PATIENCE)
-        return source
-
-    async def settled(self, **counts: int) -> None:
-        """Wait until exactly these requests are left."""
-        while (await self.runtime.engine.snapshot()).counts != Counts(**counts):
-            pass
-
-    async def assert_free(self) -> None:
-        await self.settled()
-        assert (await self.runtime.engine.snapshot()).num_free_blocks == NUM_BLOCKS
-        assert len(self.book) == 0
-
-
-@asynccontextmanager
-async def working(runner: FakeRunner | None = None, kv_endpoint: str = "") -> AsyncIterator[Worker]:
-    worker = Worker(runner or FakeRunner())
-    counters = ReceiverCounters()
-    receiver = KvTransferServicer(
-        lambda: IncomingTransfer(worker.book, worker.store, fingerprint(), counters), counters
-    )
-    servicer = DecodeServicer(worker.runtime, worker.book, 7201, kv_endpoint)
-    services = [servicer.registration, Registration(SERVICE_NAME, receiver.add_to)]
-    async with asyncio.timeout(PATIENCE):
-        with worker.runtime.engine:
-            async with serving(services, "127.0.0.1", 0, grace_seconds=0) as server:
-                worker.address = server.address
-                async with channel(server.address) as worker.channel:
-                    yield worker
-
-
-async def admitted(call: Any) -> pb.DecodeAdmitted:
-    response = await call.read()
-    assert response.HasField("admitted")
-    answer: pb.DecodeAdmitted = response.admitted
-    return answer
-
-
-async def rest(call: Any) -> list[pb.DecodeResponse]:
-    responses: list[pb.DecodeResponse] = []
-    while (response := await call.read()) is not grpc.aio.EOF:
-        responses.append(response)
-    return responses
-
-
-async def refusal(call: Any) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call.read()
-    return caught.value
+from support.decode_worker import FIRST, PROMPT, admitted, refusal, rest, working
+from support.fakes import FakeRunner
 
 
 async def test_a_request_is_admitted_fed_and_decoded() -> None:

@@ -21,6 +21,8 @@ Image = Callable[[str, str], Instructions]
 
 DEVICES = ("cpu", "cuda")
 SERVICES = ("router", "prefill", "decode")
+"""Those of the compose file."""
+TARGETS = (*SERVICES, "worker")
 PINNED = re.compile(r"[\w./-]+:\d+\.\d+\.\d+-[\w.-]+")
 
 
@@ -85,7 +87,7 @@ def test_pip_leaves_no_cache(stages: dict[str, Instructions]) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("target", [*DEVICES, *SERVICES])
+@pytest.mark.parametrize("target", [*DEVICES, *TARGETS])
 def test_nobody_is_root(image: Image, target: str, device: str) -> None:
     user = dict(image(target, device))["USER"].partition(":")[0]
     assert user.isdigit()
@@ -93,7 +95,7 @@ def test_nobody_is_root(image: Image, target: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", TARGETS)
 def test_each_service_has_an_entry_point_and_a_probe(image: Image, service: str, device: str) -> None:
     last = dict(image(service, device))
     assert json.loads(last["ENTRYPOINT"]) == ["kvbaton", service]

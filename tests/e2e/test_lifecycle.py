@@ -16,12 +16,13 @@ from kvbaton.decode.service import serve_decode
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
 from kvbaton.engine.scheduler import Scheduler
+from kvbaton.model.memory import Memory
 from kvbaton.prefill.config import PrefillConfig
 from kvbaton.prefill.service import serve_prefill
 from kvbaton.router.config import RouterConfig
 from kvbaton.router.service import serve_router
 from kvbaton.rpc.serving import Server
-from kvbaton.worker import runtime
+from kvbaton.worker import kv_memory
 from kvbaton.worker.engine_thread import EngineFailedError
 from support import tiny_models
 from support.cluster import worker_status
@@ -144,10 +145,10 @@ async def test_a_worker_cannot_be_both() -> None:
 async def test_a_pool_larger_than_the_machines_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "physical_memory", lambda: 1 << 20)
+    monkeypatch.setattr(kv_memory, "memory_of", lambda device: Memory(4 << 20, 1 << 20))
     model = str(tiny_models.save_tiny_model("llama", tmp_path))
     problem = await refusal(serve_prefill, PrefillConfig(model=model, port=0, kv_memory="2MiB"))
-    assert problem.startswith("--kv-memory: a pool of ")
+    assert problem.startswith("--kv-memory: the pool takes 2.0 MiB, and cpu has 1.0 MiB")
 
 
 async def test_a_size_that_is_none_is_found_before_the_model_is_looked_for(tmp_path: Path) -> None:
@@ -159,11 +160,11 @@ async def test_a_size_that_is_none_is_found_before_the_model_is_looked_for(tmp_p
 
 def test_a_pool_that_is_cut_to_the_most_blocks_is_told(caplog: pytest.LogCaptureFixture) -> None:
     geometry = KvGeometry((LayerGeometry(1, 8, 8),), "float32")
-    assert runtime.blocks_in("1024GiB", geometry, 1) == runtime.MAX_BLOCKS
+    assert kv_memory.blocks_in(1 << 40, geometry, 1) == kv_memory.MAX_BLOCKS
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "--kv-memory" in caplog.text
     caplog.clear()
-    runtime.blocks_in(str(geometry.token_bytes), geometry, 1)
+    kv_memory.blocks_in(geometry.token_bytes, geometry, 1)
     assert not caplog.records
 
 

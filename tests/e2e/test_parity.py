@@ -21,7 +21,7 @@ def ignore_line(name: str, line: str) -> None:
     """Log lines matter to people only."""
 
 
-@pytest.mark.parametrize("architecture", list(tiny_models.CONFIGS))
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3", "mixtral"])
 async def test_greedy_answers_equal_transformers(architecture: str, tmp_path: Path) -> None:
     folder = tiny_models.save_tiny_model(architecture, tmp_path)
     prompts = tiny_models.random_prompts(LENGTHS)

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
+from kvbaton.engine.counters import Counts
 from kvbaton.engine.errors import InvalidArgumentError, OverloadedError
 from kvbaton.engine.request import TRANSITIONS, Phase, Route
 from kvbaton.engine.sampling import FinishReason, SamplingParams
-from kvbaton.engine.scheduler import Counts, Limits, Scheduler
+from kvbaton.engine.scheduler import Scheduler
 from support.requests import new_request
 from support.scheduling import EOS, NEVER_EOS, add, ended, names, output, params, scheduler, step, work
 
@@ -109,18 +110,6 @@ def test_priorities_come_before_arrival_in_line_in_prompts_and_in_decodes() -> N
     assert [name for name, *_ in step(of)] == ["urgent", "usual"]
 
 
-def test_limits_change_between_steps() -> None:
-    of = scheduler(prefill=0, decode=0)
-    add(of, "d", route=Route.RECEIVE)
-    add(of, "p", num_prompt=8)
-    assert step(of) == []
-    of.kv_received("d", NEVER_EOS, 0.0)
-    of.set_limits(Limits(max_prefill_tokens=5, max_decode_seqs=1, max_waiting=1))
-    assert [name for name, *_ in step(of)] == ["d", "p"]
-    of.set_limits(Limits(max_prefill_tokens=5, max_decode_seqs=0, max_waiting=1))
-    assert step(of) == [("p", 5, 3, True)]
-
-
 def test_at_most_max_decode_seqs_decode_and_the_oldest_go_first() -> None:
     of = scheduler(decode=2)
     for name in "abc":
@@ -130,16 +119,6 @@ def test_at_most_max_decode_seqs_decode_and_the_oldest_go_first() -> None:
     step(of)
     step(of)  # a and b have their three tokens
     assert names([s.request for s in of.schedule(0.0).slices]) == ["c"]
-
-
-@pytest.mark.parametrize(("prefill", "decode", "expected"), [(0, 8, ["d"]), (8, 0, ["p"]), (0, 0, [])])
-def test_a_role_is_two_numbers(prefill: int, decode: int, expected: list[str]) -> None:
-    of = scheduler(prefill=prefill, decode=decode)
-    add(of, "d", route=Route.RECEIVE)
-    add(of, "p")
-    of.admit(0.0)
-    of.kv_received("d", NEVER_EOS, 0.0)
-    assert names([s.request for s in of.schedule(0.0).slices]) == expected
 
 
 @pytest.mark.parametrize("token", [NEVER_EOS, EOS])

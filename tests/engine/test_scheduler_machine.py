@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvbaton.engine.errors import OverloadedError
+from kvbaton.engine.errors import OverloadedError, UnavailableError
 from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Phase, Request, Route
@@ -106,7 +106,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(wishes=st.lists(WISHES, min_size=2, max_size=5))
     def arrive(self, wishes: list[Wish]) -> None:
-        """Requests come, and wait, or are refused for one of the two reasons that there are."""
+        """Requests come, and wait, or are refused for one of the three reasons that there are."""
         for wish in wishes:
             prompt = PROMPT[: wish.num_shared] + wish.own
             sampling = SamplingParams(max_tokens=wish.max_tokens, seed=0, ignore_eos=wish.ignore_eos)
@@ -114,6 +114,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             new = new_request(str(len(self.asked)), prompt, sampling, wish.route, **more)
             try:
                 request = self.scheduler.add(new, self.now)
+            except UnavailableError:
+                assert self.scheduler.limits.refusal(wish.route) is not None
             except OverloadedError:
                 line_is_full = len(self._in(Phase.WAITING)) >= self.scheduler.limits.max_waiting
                 kv_tokens = len(prompt) + (0 if wish.route is Route.HAND_OFF else wish.max_tokens - 1)
@@ -132,15 +134,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         new = new_request(before.request_id, asked.prompt, asked.sampling, before.route, **more)
         try:
             asked.request = self.scheduler.add(new, self.now)
-        except OverloadedError:
-            assert len(self._in(Phase.WAITING)) >= self.scheduler.limits.max_waiting
+        except (OverloadedError, UnavailableError):
+            limits = self.scheduler.limits
+            assert limits.refusal(before.route) or len(self._in(Phase.WAITING)) >= limits.max_waiting
             self.handed_back.append(asked)
 
     @rule(prefill=st.sampled_from([0, 1, 5, 40]), decode=st.sampled_from([0, 2, 8, 8]), waiting=st.integers(2, 6))
     def change_limits(self, prefill: int, decode: int, waiting: int) -> None:
         """An operator gives the worker another role."""
         limits = Limits(max_prefill_tokens=prefill, max_decode_seqs=decode, max_waiting=waiting)
-        self.scheduler.set_limits(limits)
+        for request, _ in self.scheduler.set_limits(limits, self.now).failed:
+            assert limits.refusal(request.route) is not None
+            self._of(request).failed = True
 
     @rule(times=st.integers(1, 10))
     def step(self, times: int) -> None:
@@ -167,7 +172,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += 1
         decoding = sorted(self._in(Phase.DECODING), key=lambda asked: asked.request.rank)
         preempted = self.scheduler.make_room(self.now)
-        assert preempted == [asked.request for asked in reversed(decoding[len(decoding) - len(preempted) :])]
+        last = decoding[len(decoding) - len(preempted) :]
+        assert set(preempted) == {asked.request for asked in last}
+        assert len(preempted) == len(decoding) or self.scheduler.limits.max_decode_seqs
         self.handed_back += [self._of(request) for request in preempted]
         waiting = sorted(self._in(Phase.WAITING), key=lambda asked: asked.request.rank)
         admitted = self.scheduler.admit(self.now)

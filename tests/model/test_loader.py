@@ -14,10 +14,7 @@ from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import LayerGeometry
 from kvbaton.model.loader import load_model
 from support import tiny_models
-
-SHAPE = {**tiny_models.SHAPE, "num_hidden_layers": 2}
-SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+from support.refused_models import NOT_CAUSAL, REFUSED
 
 
 @pytest.fixture
@@ -53,7 +50,6 @@ def test_a_model_is_known_by_what_it_is(llama: Path) -> None:
     assert loaded.geometry.dtype == "float32"
     assert (loaded.vocab_size, loaded.max_model_len) == (97, 256)
     assert loaded.eos_token_ids == {2}
-    assert not loaded.model.training
 
 
 @pytest.mark.parametrize("path", ["/no/such/model", "./no-such-model", "no-such-model", "~/no-such-model", "a/b/c"])
@@ -123,7 +119,8 @@ def test_bfloat16(llama: Path, dtype: str) -> None:
     edit_json(llama / "config.json", dtype="bfloat16")
     loaded = load_model(str(llama), dtype, "cpu")
     assert loaded.geometry.dtype == "bfloat16"
-    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    row = torch.zeros(1, 1, dtype=torch.long)
+    assert loaded.forward(row, row, row[0]).dtype == torch.bfloat16
 
 
 def test_an_unknown_device(llama: Path) -> None:
@@ -135,81 +132,26 @@ def test_a_device_that_is_not_there(llama: Path, monkeypatch: pytest.MonkeyPatch
     assert "sees no CUDA device" in refusal(llama, device="cuda")
 
 
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "FalconForCausalLM": (lambda: transformers.FalconConfig(**SIZES, **ENDS), "does not use the attention interface"),
-    "BloomForCausalLM": (
-        lambda: transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4, **ENDS),
-        "0 of its 2 layers use the attention interface",
-    ),
-    "Qwen3NextForCausalLM": (
-        lambda: transformers.Qwen3NextConfig(
-            **SHAPE,
-            linear_num_value_heads=2,
-            linear_num_key_heads=2,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=16,
-            layer_types=["linear_attention", "full_attention"],
-        ),
-        "it has layers of type linear_attention",
-    ),
-    "Gemma3nForCausalLM": (
-        lambda: transformers.Gemma3nTextConfig(
-            **{**SHAPE, "num_hidden_layers": 4},
-            vocab_size_per_layer_input=97,
-            hidden_size_per_layer_input=8,
-            num_kv_shared_layers=2,
-            laurel_rank=4,
-            altup_num_inputs=2,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            activation_sparsity_pattern=[0.0] * 4,
-        ),
-        "some of its layers take KV from other layers",
-    ),
-    "Llama4ForCausalLM": (
-        lambda: transformers.Llama4TextConfig(**SHAPE, intermediate_size_mlp=48, num_local_experts=2),
-        "it has layers of type chunked_attention",
-    ),
-    "BertLMHeadModel": (
-        lambda: transformers.BertConfig(**SIZES, intermediate_size=48),
-        "its attention needs a view of later tokens",
-    ),
-    "LlamaForCausalLM": (
-        lambda: transformers.LlamaConfig(
-            **SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-        ),
-        "its dynamic position embeddings depend on the longest sequence of a batch",
-    ),
-    "Phi3ForCausalLM": (
-        lambda: transformers.Phi3Config(
-            **{name: value for name, value in SHAPE.items() if name != "head_dim"},
-            rope_parameters={
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "short_factor": [1.0] * 4,
-                "long_factor": [4.0] * 4,
-                "original_max_position_embeddings": 32,
-            },
-        ),
-        "its longrope position embeddings depend on the longest sequence of a batch",
-    ),
-}
-
-
 @pytest.mark.filterwarnings("ignore")  # transformers' own, while it makes these models
 @pytest.mark.parametrize("architecture", list(REFUSED))
 def test_a_model_that_would_answer_wrongly_is_refused(architecture: str, tmp_path: Path) -> None:
-    make, reason = REFUSED[architecture]
-    model = transformers.AutoModelForCausalLM.from_config(make(), dtype=torch.float32)
+    refused = REFUSED[architecture]
+    model = transformers.AutoModelForCausalLM.from_config(refused.config(), dtype=torch.float32)
     assert type(model).__name__ == architecture
     model.save_pretrained(tmp_path)
-    message = refusal(tmp_path)
-    assert str(tmp_path) in message
-    assert "cannot be served" in message
-    assert reason in message
+    expected = f"model {str(tmp_path)!r} ({architecture}) cannot be served: {refused.reason}"
+    assert refusal(tmp_path).startswith(expected)
+
+
+@pytest.mark.parametrize("architecture", list(NOT_CAUSAL))
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_looked_for(
+    architecture: str, tmp_path: Path
+) -> None:
+    refused = NOT_CAUSAL[architecture]
+    config = refused.config()
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    assert refusal(tmp_path) == f"model {str(tmp_path)!r} ({architecture}) cannot be served: {refused.reason}"
 
 
 def test_equal_models_have_equal_digests_and_others_do_not(llama: Path) -> None:

@@ -1,192 +1,172 @@
-"""A token is a function of its logits, parameters, seed and position, and its distribution is the softmax's."""
+"""A token is a function of its own row: logits, parameters, history, seed and position."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from kvbaton.engine.sampling import MAX_SEED, SamplingParams
-from kvbaton.model.sampler import gumbel_noise, keep_top, sample, uniform
+from kvbaton.engine.output import NOT_A_NUMBER
+from kvbaton.model import sampler
+from kvbaton.model.sampler import most_likely, sample
+from kvbaton.model.sampling_rows import SamplingRow
+from support.sampling import EOS, logits_of, row
 
-VOCAB = 24
 INF = math.inf
+VOCAB = 256
 
 
-def logits_of(rows: int, seed: int = 5, vocab: int = VOCAB) -> torch.Tensor:
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
+def tokens_of(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    return [token.token_id for token in sample(logits, rows, EOS)]
 
 
-def params(seed: int = 1, **changes: Any) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 1, "seed": seed, "temperature": 1.0, **changes})
-
-
-VARIETY = [
-    params(seed, temperature=temperature, top_k=top_k, top_p=top_p)
-    for seed, (temperature, top_k, top_p) in enumerate(
-        [(1.0, 0, 1.0), (0.0, 0, 1.0), (0.7, 5, 1.0), (2.0, 0, 0.8), (1.3, 3, 0.5), (1.0, 1, 1.0), (5.0, 0, 1.0)] * 5
-    )
-][:32]
-
-
-def test_greedy_is_the_argmax() -> None:
-    logits = logits_of(8)
-    assert sample(logits, [params(temperature=0.0)] * 8, range(8)) == logits.argmax(-1).tolist()
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 2.0, "top_p": 0.8},
+    {"temperature": 1.3, "top_k": 3, "top_p": 0.5},
+    {"top_k": 1},
+    {"temperature": 5.0, "min_p": 0.1},
+    {"temperature": 0.0, "repetition_penalty": 1.4},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5, "logprobs": 3},
+    {"temperature": 0.0, "logprobs": 2},
+    {"logit_bias": {5: 20.0}, "banned_token_ids": frozenset({5, 6})},
+    {"allowed_token_ids": frozenset(range(100, 140)), "top_p": 0.9, "logprobs": 0},
+    {"min_tokens": 50, "stop_token_ids": frozenset({9})},
+]
+VARIETY = [row(n, 7 * n + 1, prompt=[n, n + 1, 3], output=[n, 4, 4], **CHANGES[n % len(CHANGES)]) for n in range(32)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_is_the_same_alone_in_a_batch_and_in_any_order(dtype: torch.dtype) -> None:
-    logits, positions = logits_of(32).to(dtype), [7 * n + 1 for n in range(32)]
-    together = sample(logits, VARIETY, positions)
-    alone = [sample(logits[n : n + 1], [VARIETY[n]], [positions[n]])[0] for n in range(32)]
+    logits = logits_of(32, vocab=VOCAB).to(dtype)
+    together = sample(logits, VARIETY, EOS)
+    alone = [sample(logits[n : n + 1], [VARIETY[n]], EOS)[0] for n in range(32)]
     assert together == alone
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()
-    shuffled = sample(logits[order], [VARIETY[n] for n in order], [positions[n] for n in order])
+    shuffled = sample(logits[order], [VARIETY[n] for n in order], EOS)
     assert shuffled == [together[n] for n in order]
+
+
+def test_the_logits_are_left_as_they_were() -> None:
+    logits = logits_of(32, vocab=VOCAB)
+    before = logits.clone()
+    sample(logits, VARIETY, EOS)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 24, 128, 384, 385])
+def test_greedy_is_the_argmax(vocab: int, dtype: torch.dtype) -> None:
+    # Rounded to halves, so that many are equal.
+    logits = ((logits_of(8, vocab=vocab) * 2).round() / 2).to(dtype)
+    assert tokens_of(logits, [row(temperature=0.0)] * 8) == logits.argmax(-1).tolist()
+
+
+def test_plain_rows_do_no_more_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "process_logits", None)
+    monkeypatch.setattr(sampler, "_choose", None)
+    monkeypatch.setattr(sampler, "token_logprobs", None)
+    tokens_of(logits_of(2), [row(temperature=0.0), row(top_k=1)])
+    with pytest.raises(TypeError):
+        tokens_of(logits_of(2), [row(temperature=0.0), row()])
 
 
 def test_seeds_and_positions_make_independent_draws() -> None:
     flat = torch.zeros(64, 1000)
-    by_position = sample(flat, [params(3)] * 64, range(64))
-    by_seed = sample(flat, [params(seed) for seed in range(64)], [0] * 64)
+    by_position = tokens_of(flat, [row(3, position) for position in range(64)])
+    by_seed = tokens_of(flat, [row(seed) for seed in range(64)])
     # 64 draws of 1000: two are expected to meet; as a whole run they never repeat.
     assert len(set(by_position)) > 55
     assert len(set(by_seed)) > 55
     assert by_position != by_seed
     # Seed s at position p + 1 is not seed s + 1 at position p.
-    diagonal = sample(flat, [params(seed + 1) for seed in range(64)], [0] * 64)
-    assert (
-        sum(a == b for a, b in zip(diagonal, sample(flat, [params(s) for s in range(64)], [1] * 64), strict=True)) < 5
-    )
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, MAX_SEED])
-@pytest.mark.parametrize("position", [0, 1, 2**31, 2**40])
-def test_noise_is_finite_and_repeatable_for_extreme_seeds(seed: int, position: int) -> None:
-    signed = seed - 2**64 if seed >= 2**63 else seed
-    seeds, positions = torch.tensor([signed]), torch.tensor([position])
-    noise = gumbel_noise(seeds, positions, 5000)
-    assert noise.dtype is torch.float32
-    assert bool(noise.isfinite().all())
-    assert torch.equal(noise, gumbel_noise(seeds, positions, 5000))
-    assert len(set(noise[0].tolist())) > 4990
-    assert sample(torch.zeros(1, 5000), [params(seed)], [position]) == [int(noise.argmax())]
-
-
-def test_uniform_never_reaches_its_ends() -> None:
-    ends = uniform(torch.tensor([0, -1]))
-    assert 0 < float(ends[0]) < 1e-15
-    assert 1 - 1e-15 < float(ends[1]) < 1
-    assert bool((-torch.log(-torch.log(ends))).isfinite().all())
-
-
-def test_the_noise_is_gumbels() -> None:
-    noise = gumbel_noise(torch.arange(50), torch.arange(50), 2000).double().flatten()
-    assert float(noise.mean()) == pytest.approx(0.57722, abs=0.015)
-    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.03)
-
-
-def critical_value(degrees: int) -> float:
-    """Of chi-squared, passed by chance once in a thousand (Wilson and Hilferty's approximation)."""
-    term = 2 / (9 * degrees)
-    return float(degrees * (1 - term + 3.0902 * math.sqrt(term)) ** 3)
-
-
-def chi_squared(counts: torch.Tensor, probabilities: torch.Tensor) -> tuple[float, int]:
-    """The statistic and its degrees of freedom, bins of fewer than five expected draws together."""
-    expected = probabilities * counts.sum()
-    large = expected >= 5
-    observed = torch.cat([counts[large], counts[~large].sum()[None]])
-    expected = torch.cat([expected[large], expected[~large].sum()[None]])
-    present = expected > 0
-    observed, expected = observed[present], expected[present]
-    return float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
-
-
-def exact(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """The distribution that the parameters mean, token by token in plain float64."""
-    weights = (logits.double() / temperature).softmax(-1).tolist()
-    ranked = sorted(range(len(weights)), key=lambda token: -weights[token])
-    kept = ranked[:top_k] if top_k else ranked
-    total, before = sum(weights[token] for token in kept), 0.0
-    nucleus: list[int] = []
-    for token in kept:
-        if before >= top_p and nucleus:
-            break
-        nucleus.append(token)
-        before += weights[token] / total
-    result = torch.zeros(len(weights), dtype=torch.float64)
-    result[nucleus] = torch.tensor([weights[token] for token in nucleus], dtype=torch.float64)
-    return result / result.sum()
-
-
-@pytest.mark.parametrize("across", ["positions", "seeds"])
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.5, 0, 1.0), (3.0, 0, 1.0), (1.0, 6, 1.0), (1.0, 0, 0.97), (1.5, 10, 0.7), (1.0, 1000, 1.0)],
-)
-def test_draws_have_the_exact_distribution(across: str, temperature: float, top_k: int, top_p: float) -> None:
-    num = 20_000
-    logits = logits_of(1, seed=9)[0]
-    changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    if across == "positions":
-        tokens = sample(logits.expand(num, -1), [params(1234, **changes)] * num, range(num))
-    else:
-        tokens = sample(logits.expand(num, -1), [params(seed, **changes) for seed in range(num)], [17] * num)
-    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB).double()
-    probabilities = exact(logits, temperature, top_k, top_p)
-    assert float(counts[probabilities == 0].sum()) == 0
-    statistic, degrees = chi_squared(counts, probabilities)
-    assert degrees >= 2
-    assert statistic < critical_value(degrees)
-
-
-def test_the_chi_squared_test_can_fail() -> None:
-    logits = logits_of(1, seed=9)[0]
-    tokens = sample(logits.expand(20_000, -1), [params(1234, temperature=1.1)] * 20_000, range(20_000))
-    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB).double()
-    statistic, degrees = chi_squared(counts, exact(logits, 1.0, 0, 1.0))
-    assert statistic > critical_value(degrees)
-
-
-def test_neighbouring_positions_are_independent() -> None:
-    tokens = torch.tensor(sample(torch.zeros(20_000, 5), [params(77)] * 20_000, range(20_000)))
-    pairs = torch.bincount(tokens[:-1] * 5 + tokens[1:], minlength=25).double()
-    statistic, degrees = chi_squared(pairs, torch.full((25,), 1 / 25, dtype=torch.float64))
-    assert statistic < critical_value(degrees)
-
-
-@pytest.mark.parametrize(
-    ("logits", "top_k", "top_p", "kept"),
-    [
-        ([1.0, 3.0, 2.0], 1, 1.0, {1}),
-        ([1.0, 3.0, 2.0], 2, 1.0, {1, 2}),
-        ([1.0, 3.0, 2.0], 3, 1.0, {0, 1, 2}),
-        ([1.0, 3.0, 2.0], 99, 1.0, {0, 1, 2}),
-        ([1.0, 3.0, 2.0], 0, 1.0, {0, 1, 2}),
-        ([1.0, 3.0, 2.0], 0, 5e-324, {1}),
-        ([1.0, 3.0, 2.0], 0, 0.6, {1}),  # 0.665, 0.245, 0.090
-        ([1.0, 3.0, 2.0], 0, 0.7, {1, 2}),
-        ([1.0, 3.0, 2.0], 2, 0.72, {1}),  # 0.731 of the two that are left
-        # Of equals, the lower ids.
-        ([2.0, 2.0, 2.0, 2.0], 2, 1.0, {0, 1}),
-        ([2.0, 2.0, 2.0, 2.0], 0, 0.5, {0, 1}),
-        ([2.0, 2.0, 2.0, 2.0], 0, 0.51, {0, 1, 2}),
-        ([0.0, 5.0, 5.0], 1, 1.0, {1}),
-        # Nothing is lost without a nucleus, however far the sum of the first is rounded up to 1.
-        ([100.0, 0.0, -100.0], 0, 1.0, {0, 1, 2}),
-    ],
-)
-def test_what_is_kept(logits: list[float], top_k: int, top_p: float, kept: set[int]) -> None:
-    rows = torch.tensor([logits])
-    result = keep_top(rows, torch.tensor([top_k]), torch.tensor([top_p]))
-    assert {token for token, value in enumerate(result[0].tolist()) if value > -INF} == kept
-    assert torch.equal(result[result > -INF], rows[result > -INF])
+    diagonal = tokens_of(flat, [row(seed + 1) for seed in range(64)])
+    shifted = tokens_of(flat, [row(seed, 1) for seed in range(64)])
+    assert sum(a == b for a, b in zip(diagonal, shifted, strict=True)) < 5
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-6])
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (2, 1.0), (0, 0.9)])
-def test_next_to_no_temperature_is_greedy(temperature: float, top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.5}])
+def test_next_to_no_temperature_is_greedy(temperature: float, truncation: dict[str, Any]) -> None:
     logits = torch.tensor([[5.0, 9.0, 8.0], [-5.0, -9.0, -1.0]])
-    changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    assert sample(logits, [params(4, **changes)] * 2, [3, 4]) == [1, 2]
+    rows = [row(4, position, temperature=temperature, **truncation) for position in (3, 4)]
+    assert tokens_of(logits, rows) == [1, 2]
+
+
+@pytest.mark.parametrize("least", [1.0, 0.999])
+def test_the_highest_min_p_leaves_the_most_likely(least: float) -> None:
+    logits = torch.tensor([[5.0, 9.0, 8.0, 9.0]])
+    found = {tokens_of(logits, [row(4, position, temperature=50.0, min_p=least)])[0] for position in range(40)}
+    assert found == ({1, 3} if least == 1 else {1, 3})
+
+
+NO_ANSWER = {
+    "nan": [math.nan] * 128,
+    "one nan": [0.0] * 100 + [math.nan] + [1.0] * 27,
+    "nothing": [-INF] * 128,
+    "infinity": [0.0] * 100 + [INF] + [1.0] * 27,
+}
+
+
+@pytest.mark.parametrize("bad", list(NO_ANSWER))
+@pytest.mark.parametrize("changes", [*CHANGES[:-2], {"top_p": 0.5, "logprobs": 5}])
+def test_a_row_without_an_answer_ends_alone(bad: str, changes: dict[str, Any]) -> None:
+    logits = logits_of(3, vocab=128)
+    rows = [row(n, n, prompt=[n], output=[n], **changes) for n in range(3)]
+    expected = sample(logits, rows, EOS)
+    logits[1] = torch.tensor(NO_ANSWER[bad])
+    found = sample(logits, rows, EOS)
+    assert [found[0], found[2]] == [expected[0], expected[2]]
+    assert (found[1].token_id, found[1].logprobs) == (NOT_A_NUMBER, None)
+
+
+def test_masks_that_leave_nothing_are_no_answer() -> None:
+    logits = torch.full((2, 8), -INF)
+    logits[:, :4] = 0
+    rows = [row(allowed_token_ids=frozenset({6, 7})), row(allowed_token_ids=frozenset({3, 7}))]
+    assert tokens_of(logits, rows) == [NOT_A_NUMBER, 3]
+
+
+def test_what_is_no_number_but_masked_does_not_matter() -> None:
+    logits = torch.tensor([[1.0, math.nan, INF, 0.5]])
+    assert tokens_of(logits, [row(temperature=0.0, banned_token_ids=frozenset({1, 2}))]) == [0]
+
+
+def test_logprobs_are_after_bias_and_before_temperature() -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0]])
+    bias = {2: math.log(5)}
+    [found] = sample(logits, [row(temperature=9.0, top_k=1, logit_bias=bias, logprobs=4)], EOS)
+    assert found.logprobs is not None
+    assert (found.token_id, found.logprobs.token_id, found.logprobs.rank) == (2, 2, 1)
+    assert found.logprobs.logprob == pytest.approx(math.log(5 / 8))
+    assert [value for _, value in found.logprobs.top[1:]] == pytest.approx([math.log(1 / 8)] * 3)
+
+
+def test_only_those_who_ask_get_logprobs() -> None:
+    rows = [row(), row(logprobs=0), row(temperature=0.0), row(temperature=0.0, logprobs=2)]
+    found = [token.logprobs for token in sample(logits_of(4), rows, EOS)]
+    assert [one is not None for one in found] == [False, True, False, True]
+    assert [len(one.top) for one in found if one is not None] == [0, 2]
+
+
+def test_bias_comes_before_penalties() -> None:
+    # 1 + 1 = 2, halved: 1, below 1.5. The other way round it would be 0.5 + 1 = 1.5 and win, as the lower id.
+    logits = torch.tensor([[1.0, 1.5]])
+    rows = [row(temperature=0.0, prompt=[0], logit_bias={0: 1.0}, repetition_penalty=2.0)]
+    assert tokens_of(logits, rows) == [1]
+
+
+def test_top_k_counts_after_the_masks_and_min_p_after_temperature() -> None:
+    logits = torch.tensor([[9.0, 2.0, 1.0, 0.0]])
+    rows = [row(n, n, banned_token_ids=frozenset({0}), top_k=2, temperature=10.0) for n in range(50)]
+    assert set(tokens_of(logits.expand(50, -1), rows)) == {1, 2}
+    rows = [row(n, n, banned_token_ids=frozenset({0}), min_p=0.8, temperature=9.0) for n in range(50)]
+    assert set(tokens_of(logits.expand(50, -1), rows)) == {1, 2, 3}
+
+
+def test_most_likely_needs_no_contiguous_rows() -> None:
+    logits = logits_of(128, vocab=256)
+    assert torch.equal(most_likely(logits.T.contiguous().T), logits.argmax(-1))

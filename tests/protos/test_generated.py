@@ -50,19 +50,26 @@ def text_of(name: str) -> str:
     return (FOLDER / f"{name}.proto").read_text(encoding="utf-8")
 
 
+def kind_of(field: descriptor_pb2.FieldDescriptorProto) -> str:
+    return TYPES.get(field.type) or field.type_name.rpartition(".")[2]
+
+
 def described_by_descriptor(name: str) -> Described:
     """Every message, field, enum value and method, each as a tuple of names, types and numbers."""
     proto = descriptor_pb2.FileDescriptorProto()
     committed(name).CopyToProto(proto)
     found: Described = set()
     for message in proto.message_type:
-        assert not message.nested_type, "the parser here knows no nested messages"
+        maps = {entry.name: entry for entry in message.nested_type}
+        assert all(entry.options.map_entry for entry in maps.values()), "the parser here knows no nested messages"
         assert not message.enum_type, "the parser here knows no nested enums"
         found.add(("message", message.name))
         for field in message.field:
             repeated = field.label == field.LABEL_REPEATED
             label = "repeated" if repeated else "optional" if field.proto3_optional else ""
-            kind = TYPES.get(field.type) or field.type_name.rpartition(".")[2]
+            kind = kind_of(field)
+            if kind in maps:
+                label, kind = "", f"map<{', '.join(kind_of(part) for part in maps[kind].field)}>"
             union = (
                 ""
                 if field.proto3_optional or not field.HasField("oneof_index")
@@ -79,7 +86,7 @@ def described_by_descriptor(name: str) -> Described:
     return found
 
 
-FIELD = re.compile(r"(?:(repeated|optional) )?([\w.]+) (\w+) = (\d+);")
+FIELD = re.compile(r"(?:(repeated|optional) )?([\w.]+|map<\w+, \w+>) (\w+) = (\d+);")
 VALUE = re.compile(r"(\w+) = (\d+);")
 RPC = re.compile(r"rpc (\w+)\((stream )?(\w+)\) returns \((stream )?(\w+)\);")
 BLOCK = re.compile(r"(message|enum|service|oneof) (\w+) \{(\})?")

@@ -147,8 +147,18 @@ def make_engine(runner: FakeRunner, limits: Limits, num_blocks: int = 32, max_mo
     return Engine(Scheduler(BlockPool(num_blocks, BLOCK_SIZE), limits, frozenset({2}), max_model_len), runner)
 
 
-def make_runtime(store: FakeStore, runner: FakeRunner, limits: Limits, num_blocks: int = 32) -> "WorkerRuntime":
+class FakeTokenizer:
+    """What a detokenizer needs of a tokenizer: the text of token 12 is "<12>"."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(f"<{token_id}>" for token_id in token_ids)
+
+
+def make_runtime(
+    store: FakeStore, runner: FakeRunner, limits: Limits, num_blocks: int = 32, tokenizer: Any = None
+) -> "WorkerRuntime":
     """A worker's parts without a model. Imports torch."""
+    from kvbaton.worker.admission import Admission
     from kvbaton.worker.engine_thread import EngineThread
     from kvbaton.worker.runtime import WorkerRuntime
 
@@ -159,7 +169,9 @@ def make_runtime(store: FakeStore, runner: FakeRunner, limits: Limits, num_block
         host=types_pb2.HostIdentity(boot_id="boot"),
         store=store,  # type: ignore[arg-type]
         num_blocks=num_blocks,
-        tokenizer=None,
+        tokenizer=tokenizer,
+        admission=Admission(model_info(), tokenizer),
+        limits=limits,
         engine=engine,
     )
 

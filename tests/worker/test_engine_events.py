@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvbaton.engine.errors import NotANumberError, PreemptedError
+from kvbaton.engine.errors import NotANumberError, PreemptedError, UnavailableError
 from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput, TokenLogprobs
 from kvbaton.engine.request import Route
 from kvbaton.engine.scheduler import Batch
@@ -83,15 +83,23 @@ async def test_the_first_token_of_a_resumed_request_is_told_with_its_own_index()
         assert told == [10 + len(PROMPT) + 2]
 
 
-async def test_limits_change_while_requests_wait_for_them() -> None:
-    async with running(FakeRunner(), replace(LIMITS, max_prefill_tokens=0)) as thread:
-        handle = RequestHandle("a")
-        submit(thread, handle, PROMPT, sampling(), Route.LOCAL)
-        await handle.admitted()
-        assert (await thread.snapshot()).counts.prefilling == 1
+async def test_a_worker_that_decodes_no_more_hands_back_and_refuses_until_it_does_again() -> None:
+    async with running(FakeRunner()) as thread:
+        received, refused, served = RequestHandle("a"), RequestHandle("b"), RequestHandle("c")
+        submit(thread, received, PROMPT, sampling(), Route.RECEIVE)
+        await received.admitted()
+        thread.set_limits(replace(LIMITS, max_decode_seqs=0))
+        thread.kv_received("a", 77)
+        assert [token.token_id for token in await received.next_tokens()] == [77]
+        with pytest.raises(PreemptedError, match="does not decode any more"):
+            await received.next_tokens()
+        submit(thread, refused, PROMPT, sampling(), Route.LOCAL)
+        with pytest.raises(UnavailableError, match="does not decode at present"):
+            await refused.admitted()
         thread.set_limits(LIMITS)
-        assert len(await collect(handle)) == 4
-        assert (await thread.snapshot()).limits == LIMITS
+        submit(thread, served, PROMPT, sampling(), Route.LOCAL)
+        assert len(await collect(served)) == 4
+        assert (await thread.snapshot(check=True)).limits == LIMITS
 
 
 async def test_a_snapshot_tells_what_the_prefix_cache_has_and_gave() -> None:

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from kvbaton.engine.counters import Counts
 from kvbaton.engine.errors import InvalidArgumentError, OverloadedError
 from kvbaton.engine.request import Route
 from kvbaton.engine.sampling import FinishReason
-from kvbaton.engine.scheduler import Batch, Counts, Limits, Scheduler
+from kvbaton.engine.scheduler import Batch, Scheduler
 from kvbaton.worker import engine_thread
 from kvbaton.worker.engine_thread import EngineFailedError, EngineThread, RequestHandle, Snapshot
 from support.fakes import FakeRunner, Gate
@@ -77,23 +78,9 @@ async def phase(thread: EngineThread, name: str) -> Snapshot:
     return snapshot
 
 
-@pytest.mark.parametrize(
-    ("route", "name"),
-    [
-        (Route.RECEIVE, "receiving"),
-        (Route.LOCAL, "prefilling"),
-        (Route.HAND_OFF, "handing_off"),
-        (Route.LOCAL, "decoding"),
-    ],
-)
-async def test_removal_frees_the_blocks_in_every_phase(route: Route, name: str) -> None:
-    # The engine rests within a phase for want of budget.
-    limits = Limits(
-        max_prefill_tokens=0 if name == "prefilling" else 8,
-        max_decode_seqs=0,
-        max_waiting=4,
-    )
-    async with running(FakeRunner(), limits) as thread:
+@pytest.mark.parametrize(("route", "name"), [(Route.RECEIVE, "receiving"), (Route.HAND_OFF, "handing_off")])
+async def test_removal_frees_the_blocks_of_a_request_that_rests(route: Route, name: str) -> None:
+    async with running(FakeRunner()) as thread:
         handle = RequestHandle("a")
         submit(thread, handle, PROMPT, sampling(), route)
         assert (await phase(thread, name)).num_free_blocks < NUM_BLOCKS
@@ -102,6 +89,25 @@ async def test_removal_frees_the_blocks_in_every_phase(route: Route, name: str) 
         after = await thread.snapshot()
         assert (after.num_free_blocks, after.counts) == (NUM_BLOCKS, Counts())
         assert (after.requests_finished, after.requests_cancelled) == (0, 1)
+
+
+@pytest.mark.parametrize(("num_steps", "prefilled", "decoded"), [(1, 4, 0), (3, 5, 1)], ids=["prefilling", "decoding"])
+async def test_removal_frees_the_blocks_after_the_step_that_runs(num_steps: int, prefilled: int, decoded: int) -> None:
+    runner = FakeRunner()
+    gate = runner.before_run = Gate(permits=num_steps - 1)
+    async with running(runner) as thread:
+        handle = RequestHandle("a")
+        submit(thread, handle, PROMPT, sampling(), Route.LOCAL)
+        for _ in range(num_steps):
+            await gate.wait_reached()
+        for _ in range(2):
+            thread.remove(handle, finished=False)
+        gate.open()
+        after = await thread.snapshot()
+        assert (after.num_free_blocks, after.counts) == (NUM_BLOCKS, Counts())
+        assert (after.requests_finished, after.requests_cancelled) == (0, 1)
+        counters = after.counters
+        assert (counters.prefill_tokens_computed, counters.decode_tokens_computed) == (prefilled, decoded)
 
 
 async def test_removal_of_a_waiting_request_lets_others_pass() -> None:

@@ -8,18 +8,18 @@ from typing import Any
 import grpc
 import pytest
 
-from kvbaton.engine.errors import StartupError
 from kvbaton.engine.request import Route
 from kvbaton.engine.sampling import SamplingParams
 from kvbaton.engine.scheduler import Limits
 from kvbaton.handoff.receiver import ReceiverCounters
+from kvbaton.handoff.sender import SenderCounters
 from kvbaton.rpc.serving import channel, serving
 from kvbaton.v1 import worker_pb2 as pb
 from kvbaton.v1.worker_pb2_grpc import WorkerServiceStub
 from kvbaton.worker.engine_thread import RequestHandle
-from kvbaton.worker.runtime import MAX_BLOCKS, WorkerRuntime, blocks_in
+from kvbaton.worker.runtime import WorkerRuntime
 from kvbaton.worker.status import WorkerServicer
-from support.fakes import GEOMETRY, PATIENCE, FakeRunner, FakeStore, make_runtime, model_info
+from support.fakes import PATIENCE, FakeRunner, FakeStore, make_runtime, model_info
 from support.requests import new_request
 
 LIMITS = Limits(max_prefill_tokens=8, max_decode_seqs=4, max_waiting=4)
@@ -33,10 +33,10 @@ class Worker:
 
 
 @asynccontextmanager
-async def working() -> AsyncIterator[Worker]:
-    runtime = make_runtime(FakeStore(), FakeRunner(), LIMITS)
+async def working(role: pb.WorkerRole = pb.WORKER_ROLE_UNIFIED, limits: Limits = LIMITS) -> AsyncIterator[Worker]:
+    runtime = make_runtime(FakeStore(), FakeRunner(), limits)
     worker = Worker(runtime, None)
-    servicer = WorkerServicer(pb.WORKER_ROLE_DECODE, runtime, worker.counters, worker.stop)
+    servicer = WorkerServicer(role, runtime, SenderCounters(kv_bytes_sent=5), worker.counters, worker.stop)
     async with asyncio.timeout(PATIENCE):
         with runtime.engine:
             async with (
@@ -55,13 +55,14 @@ async def test_a_status_tells_who_the_worker_is_and_what_it_holds() -> None:
         await handle.admitted()
         status = await worker.stub.GetStatus(pb.GetStatusRequest())
         assert status == pb.WorkerStatus(
-            role=pb.WORKER_ROLE_DECODE,
+            role=pb.WORKER_ROLE_UNIFIED,
             incarnation="1",
             model=model_info(),
             draining=False,
             pool=pb.PoolStatus(block_size=4, num_blocks=32, num_free_blocks=30),
             queues=pb.QueueStatus(num_receiving=1),
-            counters=pb.WorkerCounters(kv_bytes_received=7),
+            counters=pb.WorkerCounters(kv_bytes_sent=5, kv_bytes_received=7, prefix_tokens_queried=6),
+            limits=pb.EngineLimits(max_prefill_tokens=8, max_decode_seqs=4),
         )
 
 
@@ -92,19 +93,47 @@ async def test_an_interval_out_of_range_is_refused(interval: float) -> None:
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_memory_size_holds_whole_blocks() -> None:
-    block = GEOMETRY.token_bytes * 16
-    assert blocks_in(str(block * 3 + block - 1), GEOMETRY, 16) == 3
-    assert blocks_in("1024GiB", GEOMETRY, 1) == MAX_BLOCKS
+async def test_limits_are_changed_one_by_one_and_told() -> None:
+    async with working() as worker:
+        watch = worker.stub.WatchStatus(pb.WatchStatusRequest(min_interval_seconds=0.05))
+        await watch.read()
+        answer = await worker.stub.SetLimits(pb.SetLimitsRequest(max_prefill_tokens=0))
+        assert answer.limits == pb.EngineLimits(max_prefill_tokens=0, max_decode_seqs=4)
+        assert (await watch.read()).limits == answer.limits
+        watch.cancel()
+        await worker.stub.SetLimits(pb.SetLimitsRequest(max_prefill_tokens=16, target_itl_ms=50))
+        answer = await worker.stub.SetLimits(pb.SetLimitsRequest(max_decode_seqs=0))
+        assert answer.limits == pb.EngineLimits(max_prefill_tokens=16, max_decode_seqs=0, target_itl_ms=50)
+        in_force = (await worker.runtime.engine.snapshot()).limits
+        assert in_force == Limits(max_prefill_tokens=16, max_decode_seqs=0, max_waiting=4, target_itl=0.05)
+        answer = await worker.stub.SetLimits(pb.SetLimitsRequest(target_itl_ms=0))
+        assert answer.limits.target_itl_ms == 0
 
 
-@pytest.mark.parametrize("size", ["0", "10", "1kB"])
-def test_memory_for_no_block_is_refused(size: str) -> None:
-    with pytest.raises(StartupError, match=f"--kv-memory: {size} does not hold one block of"):
-        blocks_in(size, GEOMETRY, 16)
+PREFILL = pb.WORKER_ROLE_PREFILL, Limits(max_prefill_tokens=8, max_decode_seqs=0, max_waiting=4)
+DECODE = pb.WORKER_ROLE_DECODE, Limits(max_prefill_tokens=0, max_decode_seqs=4, max_waiting=4)
+UNIFIED = pb.WORKER_ROLE_UNIFIED, LIMITS
 
 
-@pytest.mark.parametrize("size", ["", "-1GiB", "1TiB", "much"])
-def test_a_size_that_is_none_is_refused_by_the_option(size: str) -> None:
-    with pytest.raises(StartupError, match="--kv-memory: .* is no size"):
-        blocks_in(size, GEOMETRY, 16)
+@pytest.mark.parametrize(
+    ("kind", "change", "problem"),
+    [
+        (PREFILL, {"max_decode_seqs": 1}, "max_decode_seqs: a prefill worker does not decode"),
+        (PREFILL, {"target_itl_ms": 9}, "target_itl_ms: this worker has no prompts beside its decodes"),
+        (PREFILL, {"max_prefill_tokens": 0}, "max_prefill_tokens: 0 leaves the worker nothing to do"),
+        (DECODE, {"max_prefill_tokens": 1}, "max_prefill_tokens: a decode worker computes no prompts"),
+        (DECODE, {"max_decode_seqs": 0}, "max_decode_seqs: 0 leaves the worker nothing to do"),
+        (UNIFIED, {"max_prefill_tokens": 0, "max_decode_seqs": 0}, "0 leaves the worker nothing to do"),
+        (UNIFIED, {"target_itl_ms": -1}, "target_itl_ms: -1.0 is not between 0 and 60000"),
+        (UNIFIED, {"target_itl_ms": 60001}, "target_itl_ms"),
+        (UNIFIED, {"target_itl_ms": float("nan")}, "target_itl_ms"),
+    ],
+)
+async def test_limits_that_cannot_be_are_refused_and_change_nothing(
+    kind: tuple[pb.WorkerRole, Limits], change: dict[str, Any], problem: str
+) -> None:
+    async with working(*kind) as worker:
+        with pytest.raises(grpc.aio.AioRpcError, match=problem) as caught:
+            await worker.stub.SetLimits(pb.SetLimitsRequest(**change))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (await worker.runtime.engine.snapshot()).limits == kind[1]

@@ -5,8 +5,8 @@ async with AsyncClient("localhost:7000") as client:
         print(chunk.text, end="")
 """
 
+from kvbaton.client._answers import Chunk, GeneratedSequence, GenerationResult, TokenLogprobs, Usage
 from kvbaton.client._async import AsyncClient, AsyncGeneration
-from kvbaton.client._core import Chunk, GenerateOptions, GenerationResult, PromptLike, Usage
 from kvbaton.client._errors import (
     DeadlineExceededError,
     InvalidArgumentError,
@@ -16,6 +16,7 @@ from kvbaton.client._errors import (
     ServiceError,
     UnavailableError,
 )
+from kvbaton.client._requests import GenerateOptions, PromptLike
 from kvbaton.client._sync import Client, Generation
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Client",
     "DeadlineExceededError",
     "GenerateOptions",
+    "GeneratedSequence",
     "Generation",
     "GenerationResult",
     "InvalidArgumentError",
@@ -33,6 +35,7 @@ __all__ = [
     "PromptLike",
     "RequestCancelledError",
     "ServiceError",
+    "TokenLogprobs",
     "UnavailableError",
     "Usage",
 ]

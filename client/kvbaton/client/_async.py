@@ -8,9 +8,10 @@ from typing import Any, TypeVar, Unpack
 import grpc
 from google.protobuf.message import Message
 
-from kvbaton.client import _core
-from kvbaton.client._core import Assembly, Chunk, GenerateOptions, GenerationResult, PromptLike
+from kvbaton.client import _core, _requests
+from kvbaton.client._answers import Assembly, Chunk, GenerationResult
 from kvbaton.client._errors import RequestCancelledError, from_status
+from kvbaton.client._requests import GenerateOptions, PromptLike
 from kvbaton.v1 import inference_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
@@ -20,9 +21,9 @@ T = TypeVar("T")
 class AsyncGeneration:
     """A running answer: iterate over it for chunks, then ask for `result`. Closing it early frees everything."""
 
-    def __init__(self, call: "grpc.aio.UnaryStreamCall[Message, pb.GenerateResponse]") -> None:
+    def __init__(self, call: "grpc.aio.UnaryStreamCall[Message, pb.GenerateResponse]", num_sequences: int = 1) -> None:
         self._call = call
-        self._assembly = Assembly()
+        self._assembly = Assembly(num_sequences)
         self._ended = False
 
     def __aiter__(self) -> "AsyncGeneration":
@@ -76,24 +77,25 @@ class AsyncClient:
         Raises TypeError or ValueError for arguments that cannot be sent; errors of the service, all KvbatonError, come
         out of the iteration and of `result`.
         """
-        request = _core.build_request(prompt, options)
+        request = _requests.build_request(prompt, options)
         method = self._channel.unary_stream(
             _core.METHODS + "Generate",
             request_serializer=pb.GenerateRequest.SerializeToString,
             response_deserializer=pb.GenerateResponse.FromString,
         )
         metadata: Sequence[Any] = options.get("metadata", ())
-        return AsyncGeneration(_begun(method, request, timeout=_core.deadline(options), metadata=tuple(metadata)))
+        call = _begun(method, request, timeout=_requests.deadline(options), metadata=tuple(metadata))
+        return AsyncGeneration(call, options.get("n", 1))
 
     async def tokenize(self, prompt: PromptLike, model: str = "") -> list[int]:
         """The token ids that `generate` would compute for `prompt`. Raises KvbatonError."""
-        request = pb.TokenizeRequest(model=model, prompt=_core.build_prompt(prompt))
+        request = pb.TokenizeRequest(model=model, prompt=_requests.build_prompt(prompt))
         method = self._channel.unary_unary(
             _core.METHODS + "Tokenize",
             request_serializer=pb.TokenizeRequest.SerializeToString,
             response_deserializer=pb.TokenizeResponse.FromString,
         )
-        return _core.unpack_token_ids((await _translated(_begun(method, request))).token_ids)
+        return _requests.unpack_token_ids((await _translated(_begun(method, request))).token_ids)
 
     async def models(self) -> list[types.ModelInfo]:
         """The models that can be asked now. Raises KvbatonError."""

@@ -6,9 +6,10 @@ from typing import Any, Unpack
 
 import grpc
 
-from kvbaton.client import _core
-from kvbaton.client._core import Assembly, Chunk, GenerateOptions, GenerationResult, PromptLike
+from kvbaton.client import _core, _requests
+from kvbaton.client._answers import Assembly, Chunk, GenerationResult
 from kvbaton.client._errors import RequestCancelledError, from_status
+from kvbaton.client._requests import GenerateOptions, PromptLike
 from kvbaton.v1 import inference_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
@@ -16,9 +17,9 @@ from kvbaton.v1 import types_pb2 as types
 class Generation:
     """A running answer: iterate over it for chunks, then ask for `result`. Closing it early frees everything."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, num_sequences: int = 1) -> None:
         self._call = call
-        self._assembly = Assembly()
+        self._assembly = Assembly(num_sequences)
         self._ended = False
 
     def __iter__(self) -> "Generation":
@@ -64,7 +65,7 @@ class Client:
 
     def generate(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> Generation:
         """See `AsyncClient.generate`."""
-        request = _core.build_request(prompt, options)
+        request = _requests.build_request(prompt, options)
         method = self._channel.unary_stream(
             _core.METHODS + "Generate",
             request_serializer=pb.GenerateRequest.SerializeToString,
@@ -72,11 +73,12 @@ class Client:
         )
         metadata: Sequence[Any] = options.get("metadata", ())
         with _translated():
-            return Generation(method(request, timeout=_core.deadline(options), metadata=tuple(metadata)))
+            call = method(request, timeout=_requests.deadline(options), metadata=tuple(metadata))
+        return Generation(call, options.get("n", 1))
 
     def tokenize(self, prompt: PromptLike, model: str = "") -> list[int]:
         """See `AsyncClient.tokenize`."""
-        request = pb.TokenizeRequest(model=model, prompt=_core.build_prompt(prompt))
+        request = pb.TokenizeRequest(model=model, prompt=_requests.build_prompt(prompt))
         method = self._channel.unary_unary(
             _core.METHODS + "Tokenize",
             request_serializer=pb.TokenizeRequest.SerializeToString,
@@ -84,7 +86,7 @@ class Client:
         )
         with _translated():
             response = method(request)
-        return _core.unpack_token_ids(response.token_ids)
+        return _requests.unpack_token_ids(response.token_ids)
 
     def models(self) -> list[types.ModelInfo]:
         """See `AsyncClient.models`."""

@@ -28,17 +28,21 @@ class UpConfig:
     """Options of `kvbaton up`."""
 
     model: str = option(DEFAULT_MODEL, "Model: a local directory, a hub name, or the bundled baton-tiny.")
-    prefill: int = option(1, "Prefill workers.", minimum=1)
-    decode: int = option(1, "Decode workers.", minimum=1)
+    prefill: int = option(1, "Prefill workers.", minimum=0)
+    decode: int = option(1, "Decode workers.", minimum=0)
+    unified: int = option(0, "Workers that do both, beside the others or instead of them.", minimum=0)
     host: str = option("127.0.0.1", "Address of the router.")
     port: int = port_option(7000, "Port of the router; 0 takes a free one.")
     dtype: str = option("auto", "Element type of weights and KV.", ("auto", "float32", "bfloat16"))
     device: str = option("cpu", "Where to compute: cpu, cuda or cuda:N.")
     threads: int = option(1, "Threads of computation of each worker on a CPU.", minimum=1, maximum=1024)
     block_size: int = option(16, "Tokens in one KV block.", minimum=1, maximum=4096)
-    kv_memory: str = option("1GiB", "Memory for each worker's KV pool.")
-    max_prefill_tokens: int = option(2048, "Prompt tokens a prefill worker computes in one step.", minimum=1)
-    max_decode_seqs: int = option(256, "Sequences a decode worker steps together.", minimum=1)
+    kv_memory: str = option("auto", "Memory for each worker's KV pool; auto divides what the device has among them.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model, with all rights of the workers.")
+    max_prefill_tokens: int = option(
+        0, "Prompt tokens a worker computes in one step. 0: 2048 on prefill workers, 512 on unified ones.", minimum=0
+    )
+    max_decode_seqs: int = option(256, "Sequences a worker steps together.", minimum=1)
     grace_seconds: float = grace_option("After Ctrl-C: seconds for running requests to finish.")
 
 
@@ -63,6 +67,7 @@ class Deployment:
 
     prefill: list[Process] = field(default_factory=list)
     decode: list[Process] = field(default_factory=list)
+    unified: list[Process] = field(default_factory=list)
     router: Process | None = None
     exits: "asyncio.Queue[Process]" = field(default_factory=asyncio.Queue)
     """Services that have ended, in order; as many as were started at the most."""
@@ -76,7 +81,7 @@ class Deployment:
     @property
     def processes(self) -> list[Process]:
         """All of them, in the order in which they are stopped."""
-        return [*([self.router] if self.router else []), *self.prefill, *self.decode]
+        return [*([self.router] if self.router else []), *self.prefill, *self.decode, *self.unified]
 
     async def first_exit(self) -> Process:
         """Wait until any service ends, and return it."""
@@ -89,9 +94,12 @@ async def deployed(
 ) -> AsyncIterator[Deployment]:
     """Start everything, wait until it is ready, and stop it when the block ends.
 
-    `environment` is added to this process's own. Raises StartupError when the router's address cannot be listened on,
-    or when a service ends before all of them are ready; its log lines have said why.
+    `environment` is added to this process's own. Raises StartupError when nobody would prefill or decode, when the
+    router's address cannot be listened on, or when a service ends before all of them are ready; its log lines have said
+    why.
     """
+    if not config.unified and not (config.prefill and config.decode):
+        raise StartupError("--prefill, --decode: one of each is needed, or --unified workers")
     # The router comes last, when the workers have loaded their models.
     await probe(config.host, config.port)
     deployment = Deployment()
@@ -116,20 +124,29 @@ async def _start_all(
     config: UpConfig, deployment: Deployment, launch: Callable[[str, str, Sequence[str]], Awaitable[Process]]
 ) -> None:
     """Start all workers, then the router, which is told their addresses, and return when it is healthy."""
-    worker = _flags(config, "model", "dtype", "device", "threads", "block_size", "kv_memory", "grace_seconds")
-    prefill_flags = [*worker, "--port=0", *_flags(config, "max_prefill_tokens")]
-    decode_flags = [*worker, "--port=0", *_flags(config, "max_decode_seqs")]
-    for number in range(1, config.prefill + 1):
-        deployment.prefill.append(await launch("prefill", f"prefill-{number}", prefill_flags))
-    for number in range(1, config.decode + 1):
-        deployment.decode.append(await launch("decode", f"decode-{number}", decode_flags))
+    shared = _flags(config, "model", "dtype", "device", "threads", "block_size", "kv_memory", "grace_seconds")
+    shared.append(f"--memory-share={1 / (config.prefill + config.decode + config.unified):.3f}")
+    if config.trust_remote_code:
+        shared.append("--trust-remote-code")
+    prefill_flags = _flags(config, "max_prefill_tokens") if config.max_prefill_tokens else []
+    decode_flags = _flags(config, "max_decode_seqs")
+    for kind, number, flags, processes in (
+        ("prefill", config.prefill, prefill_flags, deployment.prefill),
+        ("decode", config.decode, decode_flags, deployment.decode),
+        ("worker", config.unified, prefill_flags + decode_flags, deployment.unified),
+    ):
+        for serial in range(1, number + 1):
+            processes.append(await launch(kind, f"{kind}-{serial}", [*shared, "--port=0", *flags]))
     for process in deployment.processes:
         await _read_address(process)
-    router_flags = [
-        *_flags(config, "model", "host", "port", "grace_seconds"),
-        "--prefill=" + ",".join(p.address for p in deployment.prefill),
-        "--decode=" + ",".join(p.address for p in deployment.decode),
-    ]
+    router_flags = _flags(config, "model", "host", "port", "grace_seconds")
+    for option_name, processes in (
+        ("prefill", deployment.prefill),
+        ("decode", deployment.decode),
+        ("workers", deployment.unified),
+    ):
+        if processes:
+            router_flags.append(f"--{option_name}=" + ",".join(process.address for process in processes))
     deployment.router = await launch("router", "router", router_flags)
     await _read_address(deployment.router)
     await wait_until_serving(deployment.router.address)

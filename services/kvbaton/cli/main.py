@@ -6,17 +6,19 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import click
 
 from kvbaton.cli.deployment import UpConfig
 from kvbaton.cli.options import build_config, check_environment, config_options
-from kvbaton.cli.serve import CannotStart, run_service
+from kvbaton.cli.serve import CannotStart, limit_threads, run_service
 from kvbaton.decode.config import DecodeConfig
 from kvbaton.engine.errors import StartupError
 from kvbaton.prefill.config import PrefillConfig
 from kvbaton.router.config import RouterConfig
+from kvbaton.unified.config import UnifiedConfig
 
 _SUPERVISED = click.option("--supervised", is_flag=True, hidden=True)
 _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -38,9 +40,11 @@ def main() -> None:
 @_SUPERVISED
 def prefill(supervised: bool, **values: Any) -> None:
     """Run a prefill worker: it computes prompts and sends their KV to decode workers."""
+    config = build_config(PrefillConfig, values)
+    limit_threads(config.threads)
     from kvbaton.prefill.service import serve_prefill
 
-    run_service("prefill", build_config(PrefillConfig, values), serve_prefill, supervised)
+    run_service("prefill", config, serve_prefill, supervised)
 
 
 @main.command()
@@ -52,9 +56,25 @@ def decode(supervised: bool, **values: Any) -> None:
     Prefill workers must reach its KV port: set --kv-port where a firewall or a container decides about ports, and
     --kv-endpoint where its address seen by them differs from the one that the router dials.
     """
+    config = build_config(DecodeConfig, values)
+    limit_threads(config.threads)
     from kvbaton.decode.service import serve_decode
 
-    run_service("decode", build_config(DecodeConfig, values), serve_decode, supervised)
+    run_service("decode", config, serve_decode, supervised)
+
+
+@main.command()
+@config_options("worker", UnifiedConfig)
+@_SUPERVISED
+def worker(supervised: bool, **values: Any) -> None:
+    """Run a unified worker: one engine that computes prompts and generates tokens, alone or with others.
+
+    It can stand on either side of a hand-off, and its limits, which are its role, can be changed while it runs.
+    --kv-port and --kv-endpoint are as for `kvbaton decode`.
+    """
+    from kvbaton.unified.service import serve_unified
+
+    run_service("worker", build_config(UnifiedConfig, values), serve_unified, supervised)
 
 
 @main.command()
@@ -104,16 +124,26 @@ def demo() -> None:
 @click.option("--temperature", type=float, help="0 is greedy, the default.")
 @click.option("--top-k", type=int, help="Keep the k most likely tokens.")
 @click.option("--top-p", type=float, help="Keep the smallest set of tokens with this much probability.")
+@click.option("--min-p", type=float, help="Keep tokens at least this likely, relative to the most likely one.")
+@click.option("--repetition-penalty", type=float, help="Above 1: what was said is less likely to be said again.")
 @click.option("--seed", type=int, help="Makes a sampled answer repeatable.")
+@click.option("--n", type=int, help="Answers to the same prompt; more than one are printed at the end.")
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
+@click.option("--regex", help="A regular expression that the whole answer matches.")
+@click.option(
+    "--json-schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with a JSON schema that describes the answer.",
+)
+@click.option("--logprobs", type=int, help="With --json: each token's logprob, and those of this many likely ones.")
 @click.option("--timeout", type=float, help="Seconds until giving up.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def generate(prompt: Sequence[str], address: str, raw: bool, as_json: bool, **options: Any) -> None:
     """Ask a router, and print the answer as it streams. A PROMPT of - is read from standard input."""
-    from kvbaton.cli.generate import run_generate
+    from kvbaton.cli.generate import given_options, run_generate
 
     text = sys.stdin.read() if tuple(prompt) == ("-",) else " ".join(prompt)
-    given = {name: value for name, value in options.items() if value is not None}
-    sys.exit(asyncio.run(run_generate(address, text, raw, as_json, given)))
+    sys.exit(asyncio.run(run_generate(address, text, raw, as_json, given_options(options, as_json))))
 
 
 @main.command()

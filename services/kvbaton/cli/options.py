@@ -72,6 +72,7 @@ def _click_options(service: str, config: type[Any]) -> list[Callable[..., Any]]:
                 "--" + field.name.replace("_", "-"),
                 field.name,
                 type=kind,
+                is_flag=hints[field.name] is bool,
                 default=",".join(default) if is_tuple else default,
                 show_default=bool(default) or default == 0,
                 envvar=environment_name(service, field.name),
@@ -85,6 +86,8 @@ def _click_options(service: str, config: type[Any]) -> list[Callable[..., Any]]:
 def _click_type(hint: Any, metadata: Mapping[str, Any]) -> Any:
     if isinstance(hint, types.GenericAlias):
         return _CommaSeparated()
+    if hint is bool:
+        return click.BOOL
     if hint is str:
         return click.STRING
     kind = click.IntRange if hint is int else _FiniteRange
@@ -118,7 +121,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(hint, types.GenericAlias) and all(isinstance(item, str) for item in value)
     if isinstance(value, float):
         return hint is float
-    return isinstance(value, str | int) and not isinstance(value, bool)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, str | int)
 
 
 def _from_click(value: Any) -> Any:

@@ -39,6 +39,25 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def limit_threads(threads: int) -> None:
+    """Let libraries start `threads` threads of computation and no more. Call it before torch and numpy are imported.
+
+    torch's own setting holds for the thread that makes it: a product in another thread, if it is the first thing there,
+    would still be shared among all cores. OpenMP and the BLAS libraries read these variables when they are loaded.
+    """
+    number = str(threads)
+    os.environ.update(  # noqa: TID251
+        OMP_NUM_THREADS=number,
+        MKL_NUM_THREADS=number,
+        RAYON_NUM_THREADS=number,
+        # numpy multiplies nothing here, and would start its threads all the same.
+        OPENBLAS_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+        # transformers' four threads that read a checkpoint.
+        HF_DEACTIVATE_ASYNC_LOAD="1",
+    )
+
+
 def run_service(name: str, config: C, serve: "Serve[C]", supervised: bool) -> None:
     """Serve until SIGTERM or SIGINT. Raises CannotStart, which click prints without a traceback.
 

@@ -10,7 +10,7 @@ from kvbaton.cli.deployment import Deployment, UpConfig, deployed
 from kvbaton.rpc.errors import root_cause
 from kvbaton.rpc.serving import run, termination_event
 
-_COLOURS = {"prefill": "cyan", "decode": "green", "router": "magenta"}
+_COLOURS = {"prefill": "cyan", "decode": "green", "worker": "blue", "router": "magenta"}
 
 
 def run_up(config: UpConfig) -> int:
@@ -42,7 +42,7 @@ async def _run(config: UpConfig, console: Console) -> int:
     def on_line(name: str, line: str) -> None:
         console.print(log_line(name, line), soft_wrap=True)
 
-    console.print(f"Starting {config.prefill} prefill and {config.decode} decode workers with {config.model} …")
+    console.print(f"Starting {_kinds(config)} with {config.model} …")
     async with deployed(config, on_line) as deployment:
         console.print(overview(deployment))
         ask = f'kvbaton generate --router {deployment.address} "…"'
@@ -50,6 +50,11 @@ async def _run(config: UpConfig, console: Console) -> int:
         ended = await deployment.first_exit()
         console.print(f"[bold red]{ended.name} ended by itself (exit code {ended.process.returncode})[/]")
     return 1
+
+
+def _kinds(config: UpConfig) -> str:
+    numbers = {"prefill": config.prefill, "decode": config.decode, "unified": config.unified}
+    return " and ".join(f"{number} {kind}" for kind, number in numbers.items() if number) + " workers"
 
 
 def log_line(name: str, line: str) -> Text:

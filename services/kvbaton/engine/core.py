@@ -34,17 +34,26 @@ class Engine:
         return self.scheduler.counters
 
     def step(self, clock: Clock) -> StepResult:
-        """Make room for what decodes, admit what fits, compute one batch, record its tokens.
+        """`admit` and then `compute`, as one result."""
+        begun, result = self.admit(clock), self.compute(clock)
+        result.admitted, result.preempted = begun.admitted, begun.preempted
+        return result
+
+    def admit(self, clock: Clock) -> StepResult:
+        """Make room for what decodes, and admit what fits: nobody need wait for the next batch to hear of it."""
+        preempted = self.scheduler.make_room(clock())
+        return StepResult(self.scheduler.admit(clock()), preempted)
+
+    def compute(self, clock: Clock) -> StepResult:
+        """Compute one batch and record its tokens, after `admit`.
 
         A runner that raises ends the requests of its batch, and no others.
         """
-        preempted = self.scheduler.make_room(clock())
-        admitted = self.scheduler.admit(clock())
         batch = self.scheduler.schedule(clock())
         if not batch:
-            return StepResult(admitted, preempted)
+            return StepResult()
         result = self._compute(batch, clock)
-        result.admitted, result.preempted, result.worked = admitted, preempted, True
+        result.worked = True
         return result
 
     def _compute(self, batch: Batch, clock: Clock) -> StepResult:

@@ -1,4 +1,4 @@
-"""What an engine has done since it started."""
+"""What an engine does, and what it has done since it started."""
 
 from dataclasses import dataclass
 
@@ -18,3 +18,14 @@ class EngineCounters:
     """Requests handed back for want of blocks."""
     requests_not_a_number: int = 0
     """Requests that ended because their logits were not numbers."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """How many requests stand in each phase."""
+
+    waiting: int = 0
+    receiving: int = 0
+    prefilling: int = 0
+    handing_off: int = 0
+    decoding: int = 0

@@ -132,6 +132,16 @@ class Request:
         """Its place among others: by priority, then arrival."""
         return self.priority, self.arrival
 
+    def reason_to_end(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Why the newest token is the last; None when it is not."""
+        sampling, token_id = self.sampling, self.output[-1]
+        if len(self.output) >= sampling.min_tokens:
+            if token_id in sampling.stop_token_ids:
+                return FinishReason.STOP
+            if token_id in eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.output) >= sampling.max_tokens else None
+
     def token_ids(self, start: int, stop: int) -> Sequence[int]:
         """Tokens `[start, stop)` of prompt and output."""
         num_prompt = len(self.prompt)

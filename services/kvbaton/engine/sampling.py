@@ -57,9 +57,7 @@ class StructuredOutput:
                     raise InvalidArgumentError(f"{name}[{index}]", "is empty")
         elif self.kind != "json_object" and not self.text:
             raise InvalidArgumentError(name, "is empty")
-        # Characters first: they are counted already, bytes are not.
-        num_chars = len(self.text) + sum(map(len, self.choices))
-        num_bytes = max(num_chars, len(self.text.encode()) + sum(len(choice.encode()) for choice in self.choices))
+        num_bytes = sum(len(part.encode()) for part in (self.text, *self.choices))
         check_count(name, num_bytes, MAX_STRUCTURED_OUTPUT_BYTES, "bytes of UTF-8")
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from kvbaton.engine import chunking, prefix
 from kvbaton.engine.budget import ChunkBudget, StepShape
 from kvbaton.engine.constraint import Constraint
-from kvbaton.engine.counters import EngineCounters
-from kvbaton.engine.errors import InvalidArgumentError, NotANumberError, OverloadedError
+from kvbaton.engine.counters import Counts, EngineCounters
+from kvbaton.engine.errors import InvalidArgumentError, NotANumberError, OverloadedError, UnavailableError
 from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput, TokenLogprobs
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.ranked import RankedRequests
@@ -39,6 +39,14 @@ class Limits:
     """Requests that may wait for blocks."""
     target_itl: float | None = None
     """Seconds that a step which decodes should take, by the choice of how much prompt it carries. None: no target."""
+
+    def refusal(self, route: Route) -> str | None:
+        """Why a request has no place here; None when it has."""
+        if route is not Route.RECEIVE and not self.max_prefill_tokens:
+            return "this worker computes no prompts at present"
+        if route is not Route.HAND_OFF and not self.max_decode_seqs:
+            return "this worker does not decode at present"
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,17 +138,6 @@ class StepResult:
 
 
 @dataclass(slots=True)
-class Counts:
-    """How many requests stand in each phase."""
-
-    waiting: int = 0
-    receiving: int = 0
-    prefilling: int = 0
-    handing_off: int = 0
-    decoding: int = 0
-
-
-@dataclass(slots=True)
 class Scheduler:
     """All requests of one worker, and the rules by which they proceed."""
 
@@ -162,7 +159,8 @@ class Scheduler:
         """Put a request in the waiting line, after those of its priority.
 
         Raises InvalidArgumentError for an id in use, an empty prompt, one beyond the context, or an answer that is
-        complete already, and OverloadedError when the line is full or the request could never fit the pool.
+        complete already, UnavailableError where the limits leave it no place, and OverloadedError when the line is
+        full or the request could never fit the pool.
         """
         sampling = new.sampling
         if new.request_id in self._requests:
@@ -175,19 +173,9 @@ class Scheduler:
         if len(new.output) >= sampling.max_tokens:
             problem = f"{len(new.output)} tokens leave nothing of max_tokens {sampling.max_tokens}"
             raise InvalidArgumentError("output_token_ids", problem)
-        request = Request(
-            new.request_id,
-            new.prompt,
-            sampling,
-            new.route,
-            Milestones(arrived=now),
-            output=list(new.output),
-            num_resumed=len(new.output),
-            priority=new.priority,
-            arrival=next(self._arrivals),
-            cache_salt=new.cache_salt,
-            constraint=new.constraint,
-        )
+        if (refusal := self.limits.refusal(new.route)) is not None:
+            raise UnavailableError(refusal)
+        request = _begin(new, next(self._arrivals), now)
         needed = self.pool.blocks_for(request.max_kv_tokens)
         if needed > self.pool.num_blocks:
             raise OverloadedError(f"the request needs {needed} KV blocks, the whole pool has {self.pool.num_blocks}")
@@ -197,12 +185,29 @@ class Scheduler:
         self._waiting.add(request)
         return request
 
-    def set_limits(self, limits: Limits) -> None:
-        """Other limits from the next step on. Requests that wait already stay, even beyond a shorter line."""
+    def set_limits(self, limits: Limits, now: float) -> StepResult:
+        """Other limits from the next step on. Requests that wait already stay, even beyond a shorter line.
+
+        What has no place any more fails with UnavailableError; what decodes is handed back by the next `make_room`.
+        """
         self.limits = limits
+        result = StepResult()
+        for request in [*self._waiting, *self._prefilling]:
+            if (problem := limits.refusal(request.route)) is not None:
+                self.fail(request, now)
+                result.failed.append((request, UnavailableError(problem)))
+        return result
 
     def make_room(self, now: float) -> list[Request]:
-        """Give each sequence that is to decode a block for its next token; return those handed back for that."""
+        """Give each sequence that is to decode a block for its next token; return those handed back for that.
+
+        A worker that does not decode any more hands all of them back.
+        """
+        if not self.limits.max_decode_seqs:
+            displaced = [*self._decoding]
+            for request in displaced:
+                self._finish(request, now)
+            return displaced
         preempted: list[Request] = []
         size = self.pool.block_size
         for request in list(itertools.islice(self._decoding, self.limits.max_decode_seqs)):
@@ -306,7 +311,7 @@ class Scheduler:
 
     def fail(self, request: Request, now: float) -> None:
         """A request's step failed: it computes no more. Its blocks stay with it while a transfer may read from them."""
-        if request.route is Route.HAND_OFF:
+        if request.phase is Phase.PREFILLING and request.route is Route.HAND_OFF:
             self._prefilling.discard(request)
             request.move_to(Phase.HANDING_OFF)
         else:
@@ -349,7 +354,7 @@ class Scheduler:
                 result.failed.append((request, error))
                 return
         request.output.append(token.token_id)
-        reason = _finish_reason(request, token.token_id, self.eos_token_ids)
+        reason = request.reason_to_end(self.eos_token_ids)
         request.finish_reason = reason
         if request.route is Route.HAND_OFF:
             # Its blocks are read until the KV has left, whatever the token was: `remove` ends it.
@@ -386,12 +391,17 @@ class Scheduler:
         request.move_to(Phase.FINISHED)
 
 
-def _finish_reason(request: Request, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
-    """Why the request ends with `token_id`, its newest token; None when it goes on."""
-    sampling, num_output = request.sampling, len(request.output)
-    if num_output >= sampling.min_tokens:
-        if token_id in sampling.stop_token_ids:
-            return FinishReason.STOP
-        if token_id in eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP
-    return FinishReason.LENGTH if num_output >= sampling.max_tokens else None
+def _begin(new: NewRequest, arrival: int, now: float) -> Request:
+    return Request(
+        new.request_id,
+        new.prompt,
+        new.sampling,
+        new.route,
+        Milestones(arrived=now),
+        output=list(new.output),
+        num_resumed=len(new.output),
+        priority=new.priority,
+        arrival=arrival,
+        cache_salt=new.cache_salt,
+        constraint=new.constraint,
+    )

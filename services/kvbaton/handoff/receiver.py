@@ -36,7 +36,7 @@ class Reservation:
     ticket: bytes
     blocks: Sequence[int]
     tokens: range
-    """Prompt tokens whose KV must come."""
+    """Tokens whose KV must come."""
     vocab_size: int
     """The first token's id must be below it."""
     on_applied: Applied

@@ -43,7 +43,7 @@ class Target:
     ticket: bytes
     attempt: int
     tokens: range
-    """Prompt tokens whose KV the receiver lacks."""
+    """Tokens whose KV the receiver lacks."""
 
 
 @dataclass(slots=True)
@@ -79,13 +79,14 @@ class TransferReport:
 
 
 class OutgoingTransfer:
-    """Progress of one prompt's KV, written by the engine's thread and read by the sender's loop."""
+    """Progress of one request's KV, written by the engine's thread and read by the sender's loop."""
 
     def __init__(self, geometry: KvGeometry, tokens: range) -> None:
         """`tokens` are those that the receiver lacks."""
         self.report = TransferReport()
         self.blocks: Sequence[int] = ()
         self.first_token_id: int | None = None
+        self._num_layers = geometry.num_layers
         self._planner = FramePlanner(geometry, tokens.start, tokens.stop)
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -97,6 +98,14 @@ class OutgoingTransfer:
         with self._lock:
             self.blocks = blocks
             self._planner.advance(layer, stop)
+            self._wake()
+
+    def cached(self, stop: int, blocks: Sequence[int]) -> None:
+        """Any thread: tokens below `stop` of every layer were in `blocks` from the start."""
+        with self._lock:
+            self.blocks = blocks
+            for layer in range(self._num_layers):
+                self._planner.advance(layer, stop)
             self._wake()
 
     def first_token(self, token_id: int) -> None:

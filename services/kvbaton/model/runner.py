@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import torch
 
-from kvbaton.engine.output import SampledToken, StepOutput
+from kvbaton.engine.output import StepOutput
 from kvbaton.engine.scheduler import Batch
-from kvbaton.model import ragged, sampler
+from kvbaton.model import ragged
 from kvbaton.model.loader import LoadedModel
+from kvbaton.model.step_output import rows_to_keep, step_output
 from kvbaton.model.store import TorchKvStore
 
 LayerListener = Callable[[Batch, int], None]
@@ -19,11 +20,12 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, store: TorchKvStore, on_layer: LayerListener | None = None) -> None:
         """Takes over the model's attention: a loaded model serves one runner."""
-        self._model = loaded.model
+        self._forward = loaded.forward
         self._attention = loaded.attention
         self._attention.store = store
         self._store = store
         self._device = loaded.device
+        self._eos_token_ids = loaded.eos_token_ids
         self._on_layer = on_layer
 
     @torch.inference_mode()
@@ -34,15 +36,6 @@ class ModelRunner:
         if self._on_layer is not None:
             listener = self._on_layer
             self._attention.on_layer = lambda layer: listener(batch, layer)
-        logits = self._model(
-            input_ids=tensors.token_ids,
-            position_ids=tensors.positions,
-            use_cache=False,
-            logits_to_keep=tensors.sampled_rows,
-        ).logits[0]
-        samplers = [piece for piece in batch.slices if piece.samples]
-        if not samplers:
-            return StepOutput([])
-        params = [piece.request.sampling for piece in samplers]
-        positions = [piece.start + piece.num_tokens for piece in samplers]
-        return StepOutput([SampledToken(token) for token in sampler.sample(logits, params, positions)])
+        rows = rows_to_keep(batch, tensors.sampled_rows)
+        logits = self._forward(tensors.token_ids, tensors.positions, rows)
+        return step_output(batch, logits, self._eos_token_ids)

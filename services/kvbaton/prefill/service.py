@@ -1,40 +1,47 @@
 """A prefill worker, from its options to its end."""
 
 import asyncio
-import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from kvbaton.engine.scheduler import Limits
 from kvbaton.handoff.peers import PeerChannels
 from kvbaton.handoff.sender import KvSender, SenderCounters
 from kvbaton.prefill.config import PrefillConfig
 from kvbaton.prefill.servicer import OutgoingTransfers, PrefillServicer
-from kvbaton.rpc.serving import Server, channel, new_event_loop, probe, serving
+from kvbaton.rpc.serving import Registration, Server, channel
 from kvbaton.v1 import worker_pb2
 from kvbaton.worker.loop_thread import LoopThread
-from kvbaton.worker.runtime import load_runtime
-from kvbaton.worker.status import WorkerServicer
+from kvbaton.worker.runtime import WorkerRuntime
+from kvbaton.worker.service import Offer, serve_worker
 
-logger = logging.getLogger(__name__)
+
+class PrefillSide:
+    """What a worker needs to offer PrefillService: the sending half of the hand-off."""
+
+    def __init__(self) -> None:
+        self.transfers = OutgoingTransfers()
+        self.counters = SenderCounters()
+
+    @asynccontextmanager
+    async def open(self, runtime: WorkerRuntime, kv_thread: LoopThread) -> AsyncIterator[Registration]:
+        """Offer the service; connections to decode workers are closed at the end."""
+        sender = KvSender(runtime.store, runtime.model.fingerprint, runtime.host, self.counters)
+        peers = PeerChannels(channel)
+        try:
+            yield PrefillServicer(runtime, self.transfers, sender, peers, kv_thread).registration
+        finally:
+            await kv_thread.call(peers.close())
 
 
 async def serve_prefill(config: PrefillConfig, stop: asyncio.Event, started: "asyncio.Future[Server]") -> None:
-    """Load, serve until `stop` is set, drain. `started` gets the server when it listens.
-
-    Raises StartupError when the worker cannot start.
-    """
-    await probe(config.host, config.port)
-    limits = Limits(max_prefill_tokens=config.max_prefill_tokens, max_decode_seqs=0, max_waiting=config.max_waiting)
-    transfers, counters = OutgoingTransfers(), SenderCounters()
-    runtime = await load_runtime(config, limits, transfers.layer_done)
-    sender = KvSender(runtime.store, runtime.model.fingerprint, runtime.host, counters)
-    peers = PeerChannels(channel)
-    async with LoopThread("kv", new_event_loop) as kv_thread:
-        with runtime.engine:
-            servicer = PrefillServicer(runtime, transfers, sender, peers, kv_thread)
-            status = WorkerServicer(worker_pb2.WORKER_ROLE_PREFILL, runtime, counters, stop)
-            services = [servicer.registration, status.registration]
-            async with serving(services, config.host, config.port, grace_seconds=config.grace_seconds) as server:
-                logger.info("prefill worker ready on %s, serving %s", server.address, runtime.model.name)
-                started.set_result(server)
-                await runtime.engine.serve_until(stop)
-        await kv_thread.call(peers.close())
+    """Serve until `stop` is set, as `serve_worker` does."""
+    side = PrefillSide()
+    offer = Offer(
+        role=worker_pb2.WORKER_ROLE_PREFILL,
+        limits=Limits(max_prefill_tokens=config.max_prefill_tokens, max_decode_seqs=0, max_waiting=config.max_waiting),
+        services=[side.open],
+        on_layer=side.transfers.layer_done,
+        sent=side.counters,
+    )
+    await serve_worker(config, offer, stop, started)

@@ -1,34 +1,32 @@
 """PrefillService: computes prompts and hands their KV over.
 
-A request here: submit to the engine and open the transfer at once -> the engine's thread reports layers to the
-`OutgoingTransfer`, which the KV loop sends -> the first token goes to the router -> Applied -> blocks are freed. When
-the stream ends in any other way, the transfer is stopped first, and only then are the blocks freed that it reads
-from.
+A request here: submit to the engine and open the transfer at once -> what the prefix cache holds leaves, and the
+engine's thread reports layers to the `OutgoingTransfer`, which the KV loop sends -> the first token goes to the router
+-> Applied -> blocks are freed. When the stream ends in any other way, the transfer is stopped first, and only then are
+the blocks freed that it reads from.
 """
 
 import asyncio
-import itertools
 
 import grpc
 
 from kvbaton.engine.errors import InvalidArgumentError
 from kvbaton.engine.request import Request, Route
-from kvbaton.engine.scheduler import Batch, NewRequest, TokenSampled
-from kvbaton.engine.tokens import check_token_ids, unpack_token_ids
+from kvbaton.engine.scheduler import Batch
 from kvbaton.handoff.peers import PeerChannels
 from kvbaton.handoff.receiver import TICKET_BYTES
 from kvbaton.handoff.sender import KvSender, OutgoingTransfer, Target, TransferReport
 from kvbaton.rpc import telemetry
-from kvbaton.rpc.sampling import FINISH_REASONS, complete_sampling_from_proto
 from kvbaton.rpc.serving import Registration, parse_address
-from kvbaton.text.detokenizer import IncrementalDetokenizer
+from kvbaton.text.output import OutputText
 from kvbaton.v1 import prefill_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 from kvbaton.v1.prefill_pb2_grpc import PrefillServiceServicer, add_PrefillServiceServicer_to_server
 from kvbaton.worker.engine_thread import RequestHandle
 from kvbaton.worker.loop_thread import LoopThread
 from kvbaton.worker.runtime import WorkerRuntime
-from kvbaton.worker.spans import record_phase, seconds_between
+from kvbaton.worker.spans import record_prefill, seconds_between
+from kvbaton.worker.token_events import prompt_logprobs_messages, token_event
 
 
 class OutgoingTransfers:
@@ -70,8 +68,6 @@ class PrefillServicer(PrefillServiceServicer):
         self._sender = sender
         self._peers = peers
         self._kv_thread = kv_thread
-        # Request ids are the clients' and may repeat; the engine's may not.
-        self._serial = itertools.count()
 
     @property
     def registration(self) -> Registration:
@@ -86,16 +82,13 @@ class PrefillServicer(PrefillServiceServicer):
         context: "grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillResponse]",
     ) -> None:
         """See the proto."""
-        prompt = unpack_token_ids(request.prompt_token_ids, "prompt_token_ids")
-        check_token_ids(prompt, self._runtime.model.vocab_size, "prompt_token_ids")
-        sampling = complete_sampling_from_proto(request.sampling)
-        target = _target(request.target, len(prompt))
+        new = await self._runtime.admission.read(request, Route.HAND_OFF)
+        target = _target(request.target, len(new.prompt) + len(new.output))
         transfer = OutgoingTransfer(self._runtime.store.geometry, target.tokens)
-        handle = RequestHandle(f"{request.request_id}/{next(self._serial)}", transfer.first_token)
+        handle = RequestHandle(new.request_id, transfer.first_token)
         self._transfers.add(handle.request_id, transfer)
         finished = False
         try:
-            new = NewRequest(request_id=handle.request_id, prompt=prompt, sampling=sampling, route=Route.HAND_OFF)
             self._runtime.engine.submit(handle, new)
             # A write that a failing transfer cancels must not be the one that carries the headers: gRPC could then
             # send no status any more, and the router would wait for ever.
@@ -103,18 +96,19 @@ class PrefillServicer(PrefillServiceServicer):
             async with asyncio.TaskGroup() as group:
                 sending = group.create_task(self._send(target, transfer, context.time_remaining()))
                 admitted = await handle.admitted()
-                if admitted.num_cached:
-                    for layer in range(self._runtime.store.geometry.num_layers):
-                        transfer.layer_ready(layer, admitted.num_cached, admitted.blocks)
-                first = (await handle.next_tokens())[0]
-                if first.finish_reason is not None:
+                transfer.cached(admitted.num_cached, admitted.blocks)
+                tokens = await handle.next_tokens()
+                first = token_event(tokens, OutputText(self._runtime.tokenizer, new.prompt, new.output, new.sampling))
+                if first.finish_reason:
                     # Before the router hears of it: it ends the decode leg, which then refuses the transfer.
                     sending.cancel()
-                await context.write(pb.PrefillResponse(first_token=self._token_event(first)))
-            report = None if first.finish_reason is not None else sending.result()
+                for logprobs in prompt_logprobs_messages(handle.prompt_logprobs):
+                    await context.write(pb.PrefillResponse(prompt_logprobs=logprobs))
+                await context.write(pb.PrefillResponse(first_token=first))
+            report = None if first.finish_reason else sending.result()
             finished = True
-            _record_spans(first.request, report)
-            await context.write(pb.PrefillResponse(finished=_finished(first.request, report)))
+            _record_spans(admitted, report)
+            await context.write(pb.PrefillResponse(finished=_finished(admitted, report)))
         finally:
             self._transfers.remove(handle.request_id)
             self._runtime.engine.remove(handle, finished=finished)
@@ -126,24 +120,12 @@ class PrefillServicer(PrefillServiceServicer):
 
         return await self._kv_thread.call(send())
 
-    def _token_event(self, first: TokenSampled) -> types.TokenEvent:
-        detokenizer = IncrementalDetokenizer(self._runtime.tokenizer, first.request.prompt)
-        text = detokenizer.push([first.token_id])
-        if first.finish_reason is not None:
-            text += detokenizer.flush()
-        return types.TokenEvent(
-            first_index=first.index,
-            token_ids=[first.token_id],
-            text=text,
-            finish_reason=FINISH_REASONS[first.finish_reason],
-        )
 
-
-def _target(target: pb.TransferTarget, num_prompt: int) -> Target:
+def _target(target: pb.TransferTarget, num_tokens: int) -> Target:
     if len(target.ticket) != TICKET_BYTES:
         raise InvalidArgumentError("target.ticket", f"{len(target.ticket)} bytes are not {TICKET_BYTES}")
-    if target.num_cached_tokens >= num_prompt:
-        problem = f"{target.num_cached_tokens} of {num_prompt} prompt tokens leave nothing to send"
+    if target.num_cached_tokens >= num_tokens:
+        problem = f"{target.num_cached_tokens} of {num_tokens} tokens leave nothing to send"
         raise InvalidArgumentError("target.num_cached_tokens", problem)
     if target.attempt < 1:
         raise InvalidArgumentError("target.attempt", f"{target.attempt} is not 1 or more")
@@ -155,16 +137,16 @@ def _target(target: pb.TransferTarget, num_prompt: int) -> Target:
         endpoint=target.endpoint,
         ticket=target.ticket,
         attempt=target.attempt,
-        tokens=range(target.num_cached_tokens, num_prompt),
+        tokens=range(target.num_cached_tokens, num_tokens),
     )
 
 
 def _finished(request: Request, report: TransferReport | None) -> pb.PrefillFinished:
     passed = request.milestones
     finished = pb.PrefillFinished(
-        cached_tokens=request.num_cached,
         queue_seconds=seconds_between(passed.arrived, passed.prefill_started),
         compute_seconds=seconds_between(passed.prefill_started, passed.prefill_ended),
+        cached_tokens=min(request.num_cached, request.num_prompt),
     )
     if report is not None:
         finished.transfer.CopyFrom(
@@ -180,14 +162,7 @@ def _finished(request: Request, report: TransferReport | None) -> pb.PrefillFini
 
 
 def _record_spans(request: Request, report: TransferReport | None) -> None:
-    passed = request.milestones
-    record_phase(telemetry.SPAN_PREFILL_QUEUE, passed.arrived, passed.prefill_started)
-    record_phase(
-        telemetry.SPAN_PREFILL_COMPUTE,
-        passed.prefill_started,
-        passed.prefill_ended,
-        {telemetry.ATTR_PROMPT_TOKENS: request.num_prompt},
-    )
+    record_prefill(request)
     if report is not None:
         telemetry.record_span(
             telemetry.SPAN_KV_TRANSFER,

@@ -13,11 +13,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from kvbaton.engine.core import Engine
-from kvbaton.engine.counters import EngineCounters
+from kvbaton.engine.counters import Counts, EngineCounters
 from kvbaton.engine.errors import KvbatonError, OverloadedError, PreemptedError
 from kvbaton.engine.output import TokenLogprobs
 from kvbaton.engine.request import Request
-from kvbaton.engine.scheduler import Counts, Limits, NewRequest, StepResult, TokenSampled
+from kvbaton.engine.scheduler import Limits, NewRequest, StepResult, TokenSampled
 from kvbaton.handoff.clock import wall_seconds
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,11 @@ class EngineThread:
 
     def set_limits(self, limits: Limits) -> None:
         """Change what a step may carry, from the next one on. Raises OverloadedError when commands pile up."""
-        self._send(lambda: self._engine.scheduler.set_limits(limits), _ignore)
+
+        def change() -> None:
+            self._dispatch(self._engine.scheduler.set_limits(limits, wall_seconds()))
+
+        self._send(change, _ignore)
 
     def remove(self, handle: RequestHandle, *, finished: bool) -> None:
         """End a request between two steps and free its blocks; an ended one is left as it is.
@@ -250,7 +254,9 @@ class EngineThread:
         busy = False
         while self._running:
             self._run_commands(wait=not busy)
-            result = self._engine.step(wall_seconds)
+            # Before the batch is computed: peers can get ready for an admitted request meanwhile.
+            self._dispatch(self._engine.admit(wall_seconds))
+            result = self._engine.compute(wall_seconds)
             busy = result.worked
             self._dispatch(result)
 
@@ -269,7 +275,7 @@ class EngineThread:
         for request in result.preempted:
             # It has left the engine; nothing is there any more for `remove` to end.
             handle = handles.pop(request.request_id)
-            events.append((handle, PreemptedError("this worker ran out of KV blocks")))
+            events.append((handle, PreemptedError(self._why_preempted())))
         events += [(handles[request.request_id], request) for request in result.admitted]
         events += [(handles[request.request_id], list(logprobs)) for request, logprobs in result.prompt_logprobs]
         for event in result.sampled:
@@ -281,6 +287,10 @@ class EngineThread:
         events += [(handles[request.request_id], error) for request, error in _explained(result)]
         if events:
             self._loop.call_soon_threadsafe(_deliver, events)
+
+    def _why_preempted(self) -> str:
+        limits = self._engine.scheduler.limits
+        return "this worker ran out of KV blocks" if limits.max_decode_seqs else "this worker does not decode any more"
 
 
 def _explained(result: StepResult) -> list[tuple[Request, Exception]]:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from opentelemetry.util.types import AttributeValue
 
-from kvbaton.rpc.telemetry import record_span
+from kvbaton.engine.request import Request
+from kvbaton.rpc import telemetry
 
 
 def record_phase(
@@ -12,7 +13,15 @@ def record_phase(
 ) -> None:
     """Record the span of a phase between two milestones (Unix seconds); nothing if it never began or ended."""
     if start is not None and stop is not None:
-        record_span(name, int(start * 1e9), int(stop * 1e9), attributes)
+        telemetry.record_span(name, int(start * 1e9), int(stop * 1e9), attributes)
+
+
+def record_prefill(request: Request) -> None:
+    """Record how long a request's prompt waited, and how long it was computed."""
+    passed = request.milestones
+    record_phase(telemetry.SPAN_PREFILL_QUEUE, passed.arrived, passed.prefill_started)
+    computed = {telemetry.ATTR_PROMPT_TOKENS: request.num_prefill - request.num_cached}
+    record_phase(telemetry.SPAN_PREFILL_COMPUTE, passed.prefill_started, passed.prefill_ended, computed)
 
 
 def seconds_between(start: float | None, stop: float | None) -> float:
