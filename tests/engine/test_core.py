@@ -9,8 +9,9 @@ from kvbaton.engine.core import Engine
 from kvbaton.engine.output import SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Phase, Request, Route
+from kvbaton.engine.result import StepResult
 from kvbaton.engine.sampling import SamplingParams
-from kvbaton.engine.scheduler import Batch, Limits, Scheduler, StepResult
+from kvbaton.engine.scheduler import Batch, Limits, Scheduler
 from support.requests import new_request
 
 serial = itertools.count()

@@ -15,8 +15,9 @@ from kvbaton.engine.errors import OverloadedError, UnavailableError
 from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Phase, Request, Route
+from kvbaton.engine.result import StepResult
 from kvbaton.engine.sampling import FinishReason, SamplingParams
-from kvbaton.engine.scheduler import Batch, Limits, Scheduler, StepResult
+from kvbaton.engine.scheduler import Batch, Limits, Scheduler
 from support.requests import new_request
 
 EOS = 2

@@ -69,7 +69,8 @@ class ChunkBudget:
 
     def predict(self, shape: StepShape) -> float:
         """Seconds that a step should take; 0 before anything was observed."""
-        return sum(map(mul, self._weights, shape.terms()))
+        seconds: float = sum(map(mul, self._weights, shape.terms()))
+        return seconds
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step took so long. A time that is not positive tells nothing."""

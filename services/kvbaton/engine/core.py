@@ -6,7 +6,8 @@ from typing import Protocol
 from kvbaton.engine.budget import StepShape
 from kvbaton.engine.counters import EngineCounters
 from kvbaton.engine.output import StepOutput
-from kvbaton.engine.scheduler import Batch, Scheduler, StepResult
+from kvbaton.engine.result import StepResult
+from kvbaton.engine.scheduler import Batch, Scheduler
 
 Clock = Callable[[], float]
 """Seconds, from any fixed origin."""

@@ -20,11 +20,12 @@ from kvbaton.engine.budget import ChunkBudget, StepShape
 from kvbaton.engine.constraint import Constraint
 from kvbaton.engine.counters import Counts, EngineCounters
 from kvbaton.engine.errors import InvalidArgumentError, NotANumberError, OverloadedError, UnavailableError
-from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput, TokenLogprobs
+from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.ranked import RankedRequests
 from kvbaton.engine.request import Milestones, Phase, Request, Route
-from kvbaton.engine.sampling import FinishReason, SamplingParams
+from kvbaton.engine.result import StepResult, TokenSampled
+from kvbaton.engine.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ class NewRequest:
     """What the answer must look like; it has accepted `output` already."""
 
 
-# The three that follow are made by the hundred in every step: frozen ones would cost several times as much.
+# The two that follow are made by the hundred in every step: frozen ones would cost several times as much.
 
 
 @dataclass(slots=True)
@@ -109,32 +110,6 @@ class Batch:
     def num_prefill_tokens(self) -> int:
         """Prompt tokens in the step."""
         return sum(piece.num_tokens for piece in self.slices[self.num_decode_tokens :])
-
-
-@dataclass(slots=True)
-class TokenSampled:
-    """Token `index` of a request's output; `finish_reason` is set on the last."""
-
-    request: Request
-    index: int
-    token_id: int
-    finish_reason: FinishReason | None
-    logprobs: TokenLogprobs | None = None
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What one step, or the arrival of KV, changed."""
-
-    admitted: list[Request] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-    """Handed back for want of blocks."""
-    sampled: list[TokenSampled] = field(default_factory=list)
-    prompt_logprobs: list[tuple[Request, Sequence[TokenLogprobs]]] = field(default_factory=list)
-    failed: list[tuple[Request, Exception]] = field(default_factory=list)
-    """Requests that ended, each with its reason."""
-    worked: bool = False
-    """Whether anything was computed."""
 
 
 @dataclass(slots=True)
