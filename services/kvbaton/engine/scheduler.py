@@ -137,17 +137,9 @@ class Scheduler:
         complete already, UnavailableError where the limits leave it no place, and OverloadedError when the line is
         full or the request could never fit the pool.
         """
-        sampling = new.sampling
         if new.request_id in self._requests:
             raise InvalidArgumentError("request_id", f"{new.request_id!r} is already running here")
-        if not new.prompt:
-            raise InvalidArgumentError("prompt", "is empty")
-        if len(new.prompt) + sampling.max_tokens > self.max_model_len:
-            total = f"{len(new.prompt)} tokens and max_tokens {sampling.max_tokens}"
-            raise InvalidArgumentError("prompt", f"{total} exceed the context of {self.max_model_len}")
-        if len(new.output) >= sampling.max_tokens:
-            problem = f"{len(new.output)} tokens leave nothing of max_tokens {sampling.max_tokens}"
-            raise InvalidArgumentError("output_token_ids", problem)
+        _check(new, self.max_model_len)
         if (refusal := self.limits.refusal(new.route)) is not None:
             raise UnavailableError(refusal)
         request = _begin(new, next(self._arrivals), now)
@@ -364,6 +356,19 @@ class Scheduler:
         request.blocks = []
         request.milestones.finished = now
         request.move_to(Phase.FINISHED)
+
+
+def _check(new: NewRequest, max_model_len: int) -> None:
+    """Raises InvalidArgumentError for what no worker with this context could do."""
+    max_tokens = new.sampling.max_tokens
+    if not new.prompt:
+        raise InvalidArgumentError("prompt", "is empty")
+    if len(new.prompt) + max_tokens > max_model_len:
+        total = f"{len(new.prompt)} tokens and max_tokens {max_tokens}"
+        raise InvalidArgumentError("prompt", f"{total} exceed the context of {max_model_len}")
+    if len(new.output) >= max_tokens:
+        problem = f"{len(new.output)} tokens leave nothing of max_tokens {max_tokens}"
+        raise InvalidArgumentError("output_token_ids", problem)
 
 
 def _begin(new: NewRequest, arrival: int, now: float) -> Request:
