@@ -52,10 +52,12 @@ WRONG = [
     (lark('start: "' + "a" * 17_000 + '"'), "characters are more than 16384"),
     (lark("// nothing"), "no start rule"),
     (lark("start: foo"), 'at 1(8): unknown name: "foo"'),
-    (lark('start: "a'), "lexer error"),
+    (lark('start: "a'), "'\"' is not supported"),
     (lark('start: %json {"type": "object"}'), "'%json' is not supported"),
     (lark('start: a <eos>\na: "x"'), "'<' is not supported"),
     (lark("start: a\na[lazy]: /x*/"), "'[' is not supported"),
+    (lark('start: A\nA: /x\n/ %json {"type": "object"} /y/'), "'/' is not supported"),
+    (lark('start: "x\n" %json {"type": "object"} "y"'), "is not supported"),
     (lark('{"grammars": []}'), "'[' is not supported"),
     (lark("start: a\na: start"), "no answer satisfies it"),
 ]

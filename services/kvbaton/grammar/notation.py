@@ -30,10 +30,13 @@ _ANY_OBJECT = '{"type": "object"}'
 
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 
-_OPAQUE = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|//.*|#.*')
+_OPAQUE = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//.*|#.*')
 """Strings, regular expressions and comments of a Lark grammar."""
 
-_NOT_LARK = re.compile(r"%(?!ignore\b|import\b)\w*|[<@\[]")
+_NOT_LARK = re.compile(r'%(?!ignore\b|import\b)\w*|[<@\["/]')
+"""What may not stand outside of them. A quote or slash that is left begins one that ends on another line; what the
+library takes for its inside might be anything here."""
+
 _RULE = re.compile(r"[\w)]\s*:|\(")
 
 
@@ -87,7 +90,7 @@ def _literal(text: str) -> str:
 
 def _lark(text: str, field: str) -> str:
     check_count(field, len(text), MAX_GRAMMAR_CHARS, "characters")
-    rules = _OPAQUE.sub('""', text)
+    rules = _OPAQUE.sub(" ", text)
     other = _NOT_LARK.search(rules)
     if other is not None:
         raise InvalidArgumentError(field, f"{other.group()!r} is not supported")
