@@ -1,6 +1,7 @@
-"""The reference attention is the textbook's, in every variant that models ask for and for every make-up of a batch."""
+"""Each attention backend is the textbook's, in every variant that models ask for and for every make-up of a batch."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,13 +12,17 @@ from kvbaton.engine.request import Milestones, Phase, Request, Route
 from kvbaton.engine.sampling import SamplingParams
 from kvbaton.engine.scheduler import Batch, Slice
 from kvbaton.model import ragged
-from kvbaton.model.attention import PagedAttention, _Shape, attend
+from kvbaton.model.attention import AttentionBackend, LayerShape, PagedAttention
+from kvbaton.model.cpu.attention import CpuAttention
+from kvbaton.model.reference import ReferenceAttention, attend
 from kvbaton.model.store import TorchKvStore
 
 HEADS, KV_HEADS, K_DIM, V_DIM, BLOCK = 6, 2, 8, 5, 4
 WINDOW = 7
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {"reference": ReferenceAttention, "cpu": CpuAttention}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -63,9 +68,9 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=2e-6)
 
 
-def shape_of(variant: dict[str, Any]) -> _Shape:
+def shape_of(variant: dict[str, Any]) -> LayerShape:
     names = ("scaling", "sliding_window", "softcap", "s_aux")
-    return _Shape(*(variant.get(name) for name in names))
+    return LayerShape(*(variant.get(name) for name in names))
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("window", "all")])
@@ -131,12 +136,12 @@ def compute(attention: PagedAttention, work: list[tuple[Sequence, int]], variant
     return list(torch.split(output[0], [num_tokens for _, num_tokens in work]))
 
 
-def paged() -> PagedAttention:
+def paged(backend: str) -> PagedAttention:
     geometry = KvGeometry((LayerGeometry(KV_HEADS, K_DIM, V_DIM),), "float32")
     store = TorchKvStore(geometry, 30, BLOCK, torch.device("cpu"))
     for tensor in (store.keys[0], store.values[0]):
         tensor.fill_(float("nan"))
-    return PagedAttention(store)
+    return PagedAttention(BACKENDS[backend](), store)
 
 
 def sequences() -> list[Sequence]:
@@ -148,9 +153,10 @@ def sequences() -> list[Sequence]:
     ]
 
 
+@pytest.mark.parametrize("backend", list(BACKENDS))
 @pytest.mark.parametrize("name", list(VARIANTS))
-def test_any_mixture_of_decodes_and_chunks_is_each_sequence_alone(name: str) -> None:
-    variant, attention = VARIANTS[name], paged()
+def test_any_mixture_of_decodes_and_chunks_is_each_sequence_alone(name: str, backend: str) -> None:
+    variant, attention = VARIANTS[name], paged(backend)
     a, b, c, d = sequences()
     outputs: dict[Sequence, list[torch.Tensor]] = {sequence: [] for sequence in (a, b, c, d)}
     steps: list[list[tuple[Sequence, int]]] = [
@@ -170,7 +176,7 @@ def test_any_mixture_of_decodes_and_chunks_is_each_sequence_alone(name: str) -> 
 
 
 def test_a_listener_hears_of_a_layer_when_its_kv_is_there() -> None:
-    attention, (a, *_) = paged(), sequences()
+    attention, (a, *_) = paged("reference"), sequences()
     heard: list[torch.Tensor] = []
     assert attention.store is not None
     store = attention.store
@@ -180,10 +186,11 @@ def test_a_listener_hears_of_a_layer_when_its_kv_is_there() -> None:
     assert torch.equal(heard[0], a.tensors[1][:, :3].transpose(0, 1))
 
 
-def test_the_trial_notes_geometry_and_arguments_that_are_not_understood() -> None:
-    attention = PagedAttention()
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_the_trial_notes_geometry_and_arguments_that_are_not_understood(backend: str) -> None:
+    attention = PagedAttention(BACKENDS[backend]())
     query, key, value = (tensor[None] for tensor in tensors_of(4))
     output, _ = attention(Layer(), query, key, value, None, dropout=0.0, position_bias=1, other=None, use_cache=True)
-    assert output.shape == (1, 4, HEADS, V_DIM)
+    close(output[0], naive(tensors_of(4), {}))
     assert attention.seen == {0: LayerGeometry(KV_HEADS, K_DIM, V_DIM)}
     assert attention.unknown_arguments == {"position_bias"}

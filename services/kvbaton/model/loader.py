@@ -1,6 +1,7 @@
 """Loading a `transformers` model, and refusing, by name and reason, one that would answer wrongly."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,12 @@ from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import KvGeometry
 from kvbaton.model import checkpoint
 from kvbaton.model.attention import PagedAttention
+from kvbaton.model.cpu.allocator import keep_freed_memory
+from kvbaton.model.cpu.attention import CpuAttention
+from kvbaton.model.cpu.decoder import compiled_decoder
+from kvbaton.model.cpu.optimize import optimize
 from kvbaton.model.memory import check_fits, memory_of
+from kvbaton.model.reference import ReferenceAttention
 from kvbaton.model.store import DTYPES
 from kvbaton.model.trial import context_length, first_line, try_out
 
@@ -22,11 +28,17 @@ transformers_logging.disable_progress_bar()
 _DIGEST_SAMPLES = 64
 
 
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Token ids and positions [1, tokens], and the rows of interest, to their logits [rows, vocab]."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
     """A model that passed its trial, and what is known of it."""
 
     model: Any
+    """As `transformers` has it; parts may have been replaced by faster ones."""
+    forward: Forward
     attention: PagedAttention
     device: torch.device
     geometry: KvGeometry
@@ -48,7 +60,7 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
     target = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise StartupError(f"dtype {dtype!r} is not one of {sorted(DTYPES)} or 'auto'")
-    attention = PagedAttention()
+    attention = PagedAttention(CpuAttention() if target.type == "cpu" else ReferenceAttention())
     attention.register()
     model = _load(path, dtype, target, attention.name, trust_remote_code)
     model.eval().to(target)
@@ -57,18 +69,37 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
         raise StartupError(f"model {path!r} has dtype {kv_dtype}; choose one of {sorted(DTYPES)}")
     geometry = try_out(model, attention, kv_dtype, path)
     max_model_len = context_length(model, path)
+    digest, weights_bytes = weights_digest(model), sum(parameter.nbytes for parameter in model.parameters())
     return LoadedModel(
         model=model,
+        forward=_optimized(model, attention) if target.type == "cpu" else plain_forward(model),
         attention=attention,
         device=target,
         geometry=geometry,
         architecture=type(model).__name__,
-        weights_digest=weights_digest(model),
-        weights_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        weights_digest=digest,
+        weights_bytes=weights_bytes,
         vocab_size=int(model.config.get_text_config().vocab_size),
         max_model_len=max_model_len,
         eos_token_ids=_eos_token_ids(model),
     )
+
+
+def _optimized(model: Any, attention: PagedAttention) -> Forward:
+    keep_freed_memory()
+    optimize(model, attention)
+    return compiled_decoder(model) or plain_forward(model)
+
+
+def plain_forward(model: Any) -> Forward:
+    """The model's own forward pass."""
+
+    def forward(token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        output = model(input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    return forward
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -20,7 +20,7 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, store: TorchKvStore, on_layer: LayerListener | None = None) -> None:
         """Takes over the model's attention: a loaded model serves one runner."""
-        self._model = loaded.model
+        self._forward = loaded.forward
         self._attention = loaded.attention
         self._attention.store = store
         self._store = store
@@ -36,10 +36,6 @@ class ModelRunner:
         if self._on_layer is not None:
             listener = self._on_layer
             self._attention.on_layer = lambda layer: listener(batch, layer)
-        logits = self._model(
-            input_ids=tensors.token_ids,
-            position_ids=tensors.positions,
-            use_cache=False,
-            logits_to_keep=rows_to_keep(batch, tensors.sampled_rows),
-        ).logits[0]
+        rows = rows_to_keep(batch, tensors.sampled_rows)
+        logits = self._forward(tensors.token_ids, tensors.positions, rows)
         return step_output(batch, logits, self._eos_token_ids)

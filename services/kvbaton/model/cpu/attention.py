@@ -1,0 +1,151 @@
+"""Attention on a CPU: decodes straight from the blocks by a compiled kernel, prompts by matrix products in tiles.
+
+A prompt's tile is some queries against all keys that they may see: two products at the speed of the machine's matrix
+unit, and one pass for scale, mask, softmax and rounding between them. Above the diagonal nothing is computed but the
+corner of each tile. Scores are float32 whatever the model's dtype is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvbaton.model.attention import LayerShape, Tensors
+from kvbaton.model.cpu.decode_kernel import attend_decodes
+from kvbaton.model.cpu.kernels import masked_softmax
+from kvbaton.model.cpu.numeric import as_array
+from kvbaton.model.ragged import Piece, RaggedBatch
+from kvbaton.model.store import TorchKvStore
+
+TILE = 128
+"""Queries of one tile. Fewer leave the matrix unit idle, more waste work above the diagonal."""
+
+_NO_SINKS = np.empty(0, np.float32)
+
+
+class CpuAttention:
+    """An `AttentionBackend` for float32 and bfloat16 in main memory."""
+
+    def attend(
+        self, layer: int, tensors: Tensors, shape: LayerShape, batch: RaggedBatch, store: TorchKvStore
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        query, key, value = tensors
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        if batch.num_decodes:
+            _decode(layer, query[: batch.num_decodes], shape, batch, store, output[: batch.num_decodes])
+        for piece in batch.pieces:
+            rows = slice(piece.row, piece.row + piece.num_tokens)
+            if piece.start == 0:
+                keys, values = key[rows].transpose(0, 1), value[rows].transpose(0, 1)
+            else:
+                keys, values = _gather(layer, piece, shape.window, store)
+            _prefill(query[rows], keys, values, piece.start + piece.num_tokens, shape, output[rows])
+        return output
+
+    def attend_causal(self, tensors: Tensors, shape: LayerShape) -> torch.Tensor:
+        """See `AttentionBackend.attend_causal`."""
+        query, key, value = tensors
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        _prefill(query, key.transpose(0, 1), value.transpose(0, 1), len(query), shape, output)
+        return output
+
+
+def _decode(
+    layer: int,
+    query: torch.Tensor,
+    shape: LayerShape,
+    batch: RaggedBatch,
+    store: TorchKvStore,
+    output: torch.Tensor,
+) -> None:
+    assert batch.decode_tables is not None
+    assert batch.decode_lengths is not None
+    attend_decodes(
+        as_array(query.contiguous()),
+        as_array(store.keys[layer]),
+        as_array(store.values[layer]),
+        batch.decode_tables.numpy(),
+        batch.decode_lengths.numpy(),
+        shape.window or 0,
+        _scale(shape, query.shape[-1]),
+        np.float32(shape.softcap or 0),
+        _sinks(shape),
+        as_array(output),
+    )
+
+
+def _prefill(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    stop: int,
+    shape: LayerShape,
+    output: torch.Tensor,
+) -> None:
+    """`query`, `output` [tokens, heads, dim] end at position `stop`, as do `keys` and `values` [kv_heads, n, dim]."""
+    kv_heads, group = keys.shape[0], query.shape[1] // keys.shape[0]
+    wide_keys, values = keys.float().contiguous(), values.contiguous()
+    first_key = stop - keys.shape[1]
+    window, softcap = shape.window or 0, np.float32(shape.softcap or 0)
+    scale, sinks = _scale(shape, query.shape[-1]), _sinks(shape)
+    for row in range(0, len(query), TILE):
+        tile = query[row : row + TILE]
+        first_query = stop - len(query) + row
+        low = max(first_key, first_query - window + 1) if window else first_key
+        seen = slice(low - first_key, first_query + len(tile) - first_key)
+        by_head = tile.view(len(tile), kv_heads, group, -1).permute(1, 2, 0, 3).reshape(kv_heads, -1, tile.shape[-1])
+        with _exact_products(query.dtype):
+            scores = torch.bmm(by_head.float(), wide_keys[:, seen].transpose(1, 2))
+        weights = scores.new_empty(scores.shape, dtype=query.dtype)
+        shape_4d = (kv_heads, group, len(tile), scores.shape[-1])
+        masked_softmax(
+            as_array(scores.view(shape_4d)),
+            first_query,
+            low,
+            window,
+            scale,
+            softcap,
+            sinks,
+            as_array(weights.view(shape_4d)),
+        )
+        result = torch.bmm(weights, values[:, seen]).view(kv_heads, group, len(tile), -1)
+        output[row : row + TILE].view(len(tile), kv_heads, group, -1).copy_(result.permute(2, 0, 1, 3))
+
+
+@contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products of numbers that are bfloat16 run in the bfloat16 unit, which adds up in float32.
+
+    Nothing is lost, since the numbers are what the unit would round them to; it is twice as fast as float32 proper.
+    """
+    backend: Any = torch.backends.mkldnn
+    setting = backend.matmul
+    before = setting.fp32_precision
+    if dtype is torch.bfloat16:
+        setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def _gather(layer: int, piece: Piece, window: int | None, store: TorchKvStore) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [kv_heads, n, dim] of the tokens that `piece` sees, from the first block that any of them lies in."""
+    low = 0 if window is None else max(0, piece.start - window + 1) // store.block_size
+    stop = piece.start + piece.num_tokens
+    table = piece.table[low : -(-stop // store.block_size)]
+    length = stop - low * store.block_size
+    keys = store.keys[layer].index_select(0, table).flatten(0, 1)[:length]
+    values = store.values[layer].index_select(0, table).flatten(0, 1)[:length]
+    return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+def _scale(shape: LayerShape, dim: int) -> np.float32:
+    return np.float32(dim**-0.5 if shape.scaling is None else shape.scaling)
+
+
+def _sinks(shape: LayerShape) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    return _NO_SINKS if shape.sinks is None else shape.sinks.float().numpy()

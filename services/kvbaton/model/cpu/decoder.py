@@ -1,0 +1,48 @@
+"""A whole model's forward pass in one loop, for models whose layers are all `CompiledLayer`s."""
+
+from typing import Any
+
+import torch
+
+from kvbaton.model.cpu.layer import CompiledLayer
+
+_TRIAL_TOKENS = 7
+
+
+class CompiledDecoder:
+    """Embedding, layers, norm and head, without what a model's own forward does around them at each step."""
+
+    def __init__(self, model: Any) -> None:
+        """`model` is a `transformers` causal language model with decoder, layers, norm and output embeddings."""
+        decoder = model.get_decoder()
+        self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
+        self._layers: list[CompiledLayer] = list(decoder.layers)
+        self._norm, self._head = decoder.norm, model.get_output_embeddings()
+
+    def __call__(self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [len(rows), vocab] after the tokens in `rows` of `token_ids` and `positions` [1, tokens]."""
+        hidden: torch.Tensor = self._embed(token_ids)[0]
+        cos, sin = self._rotary(hidden, positions)
+        for layer in self._layers:
+            hidden = layer.compute(hidden, cos[0], sin[0])
+        if not len(rows):
+            return hidden.new_empty(0)
+        logits: torch.Tensor = self._head(self._norm(hidden[rows]))
+        return logits
+
+
+@torch.inference_mode()
+def compiled_decoder(model: Any) -> CompiledDecoder | None:
+    """The loop for `model`, when it gives exactly what the model itself gives; None for a model that does more."""
+    decoder = model.get_decoder()
+    parts = ("embed_tokens", "rotary_emb", "layers", "norm")
+    if any(not hasattr(decoder, part) for part in parts) or model.get_output_embeddings() is None:
+        return None
+    if any(type(layer) is not CompiledLayer for layer in decoder.layers):
+        return None
+    token_ids = torch.arange(1, _TRIAL_TOKENS + 1)[None] % decoder.embed_tokens.num_embeddings
+    positions = torch.arange(_TRIAL_TOKENS)[None]
+    rows = torch.tensor([_TRIAL_TOKENS - 3, _TRIAL_TOKENS - 1])
+    expected = model(input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=rows).logits[0]
+    loop = CompiledDecoder(model)
+    return loop if torch.equal(loop(token_ids, positions, rows), expected) else None

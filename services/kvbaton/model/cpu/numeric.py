@@ -1,0 +1,154 @@
+"""What the compiled kernels are written in: numba, with bfloat16 as the integers that it is stored as.
+
+Numba has no bfloat16, and needs none: widening is a shift, narrowing a rounding. A kernel's arrays are `uint16` for
+bfloat16 and `float32` for float32, and `load` and `store` know which.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import config as _config
+from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
+"""Sums may be reordered, so that they run in vector registers; infinities and NaN keep their meaning."""
+
+
+def _cache_folder() -> Path | None:
+    """Where machine code is kept, one folder for each state of the sources here; None when it cannot be kept.
+
+    Numba by itself notices a change in a kernel's own file only, and kernels are made of parts from several.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    try:
+        folder = Path.home() / ".cache" / "kvbaton" / f"kernels-{digest.hexdigest()}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+_FOLDER = _cache_folder()
+
+
+def kernel(function: F) -> F:
+    """Compile `function` for the types that it is called with; it runs without the interpreter lock."""
+    return _compiled(function, fastmath=_FAST)
+
+
+def _compiled(function: F, **options: Any) -> F:
+    config: Any = _config
+    own, config.CACHE_DIR = config.CACHE_DIR, str(_FOLDER or "")
+    try:
+        return cast(F, njit(cache=_FOLDER is not None, nogil=True, error_model="numpy", **options)(function))
+    finally:
+        config.CACHE_DIR = own
+
+
+def inlined(function: F) -> F:
+    """A part of kernels."""
+    return cast(F, njit(inline="always", fastmath=_FAST)(function))
+
+
+def _largest_of(row: Any, start: Any) -> Any:
+    """The largest of `start` and `row` [n]. NaN may or may not be overlooked: whatever follows must carry it on."""
+    largest = start
+    for i in range(row.shape[0]):
+        largest = max(largest, row[i])
+    return largest
+
+
+# Vector registers have no maximum that heeds NaN.
+largest_of = _compiled(_largest_of, fastmath=True)
+
+
+def _intrinsic(build: Callable[..., Any]) -> Any:
+    """An operation that kernels can call, from a function that builds its instructions."""
+    return intrinsic(build)
+
+
+@_intrinsic
+def load(typing_context: Any, value: Any) -> Any:
+    """An array's element as float32."""
+
+    def widen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return arguments[0]
+        word = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(word, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(value), widen
+
+
+@_intrinsic
+def _bits(typing_context: Any, value: Any) -> Any:
+    def reinterpret(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), reinterpret
+
+
+@_intrinsic
+def _float(typing_context: Any, bits: Any) -> Any:
+    def reinterpret(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), reinterpret
+
+
+@_intrinsic
+def element(typing_context: Any, value: Any, like: Any) -> Any:
+    """`value` for an array whose elements are of the type of `like`: float32, or bfloat16 rounded to nearest even."""
+
+    def narrow(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.args[1] == types.float32:
+            return arguments[0]
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        upper = builder.lshr(bits, ir.Constant(word, 16))
+        odd = builder.and_(upper, ir.Constant(word, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
+        result = builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
+        # Rounding up would turn some NaN into an infinity or a zero.
+        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        return builder.select(is_nan, ir.Constant(ir.IntType(16), 0x7FC0), result)
+
+    return like(types.float32, like), narrow
+
+
+@inlined
+def exp(x: Any) -> Any:
+    """e**x for x of at most 88 in vector registers; relative error below 3e-7, 0 below -87, NaN for NaN.
+
+    Cody and Waite's reduction (1980) to |r| <= ln 2 / 2, and the Taylor polynomial of degree 6 there.
+    """
+    clipped = np.float32(-87) if x < np.float32(-87) else x
+    power = np.floor(clipped * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = clipped - power * np.float32(0.693359375) + power * np.float32(2.12194440e-4)
+    p = np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = p * r + np.float32(1)
+    p = p * r + np.float32(1)
+    scaled = p * _float((np.int32(power) + np.int32(127)) << np.int32(23))
+    return np.float32(0) if x < np.float32(-87) else scaled
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A kernel's view of a CPU tensor: float32 as it is, bfloat16 as uint16. Shares memory."""
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return tensor.numpy()
