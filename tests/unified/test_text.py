@@ -1,4 +1,4 @@
-"""Forms, stop strings and logprobs over unified workers with a model that has a tokenizer: alone, handed over, resumed."""
+"""Forms, stop strings and logprobs, with a model that has a tokenizer: on one worker, handed over, resumed."""
 
 import json
 import re
