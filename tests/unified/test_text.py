@@ -93,7 +93,13 @@ async def test_logprobs_are_the_same_on_every_way(pair: tuple[str, str], tokeniz
 async def test_a_form_that_no_answer_can_have_is_refused_and_the_engine_never_hears_of_it(
     pair: tuple[str, str], tokenizer: Tokenizer
 ) -> None:
-    for form in ({"regex": "(["}, {"json_schema": "{"}, {"grammar": "start: missing"}, {"regex": "x" * (1 << 20)}):
+    forms: tuple[dict[str, Any], ...] = (
+        {"regex": "(["},
+        {"json_schema": "{"},
+        {"grammar": "start: missing"},
+        {"regex": "x" * (1 << 20)},
+    )
+    for form in forms:
         error = await refusal_of(pair[0], ask(tokenizer, structured_output=types.StructuredOutput(**form)))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert (error.details() or "").startswith(f"structured_output.{next(iter(form))}: ")

@@ -43,7 +43,12 @@ def leg(structured_output: types.StructuredOutput | None = None, **fields: Any) 
 
 
 async def test_every_field_reaches_the_engine(admission: Admission) -> None:
-    fields = {"request_id": "a", "output_token_ids": pack_token_ids([7]), "priority": -2, "cache_salt": "s"}
+    fields: dict[str, Any] = {
+        "request_id": "a",
+        "output_token_ids": pack_token_ids([7]),
+        "priority": -2,
+        "cache_salt": "s",
+    }
     decode = leg(**fields)
     prefill = prefill_pb2.PrefillRequest(prompt_token_ids=decode.prompt_token_ids, sampling=decode.sampling, **fields)
     first, second = await admission.read(decode, Route.LOCAL), await admission.read(prefill, Route.HAND_OFF)
