@@ -54,8 +54,8 @@ def test_eos_is_allowed_where_the_answer_may_end_or_go_on(compiler: GrammarCompi
 
 
 def test_every_eos_of_the_model_ends_an_answer(tokenizer: Tokenizer) -> None:
-    grammar = GrammarCompiler(tokenizer, MODEL_VOCAB, frozenset({0, EOS})).compile(StructuredOutput("regex", ""))
-    assert allowed(grammar.constraint([])) == [0, EOS]
+    grammar = GrammarCompiler(tokenizer, MODEL_VOCAB, frozenset({0, EOS})).compile(StructuredOutput("regex", "a?"))
+    assert allowed(grammar.constraint(tokenizer.encode("a"))) == [0, EOS]
 
 
 def test_ids_that_the_tokenizer_lacks_and_special_ones_are_never_allowed(compiler: GrammarCompiler) -> None:
@@ -73,7 +73,8 @@ def test_output_that_does_not_fit_is_told(compiler: GrammarCompiler, tokenizer: 
 
 def test_nothing_follows_a_token_that_does_not_fit(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     constraint = compiler.compile(StructuredOutput("regex", "[ab]+")).constraint([])
-    constraint.accept(tokenizer.encode("z")[0])
+    with pytest.raises(InvalidArgumentError, match="structured_output: the answer cannot go on"):
+        constraint.accept(tokenizer.encode("z")[0])
     assert allowed(constraint) == []
 
 

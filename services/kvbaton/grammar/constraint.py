@@ -7,6 +7,8 @@ from llguidance import LLMatcher
 
 from kvbaton.engine.errors import InvalidArgumentError
 
+_MAX_REASON = 300
+
 
 class GrammarConstraint:
     """A `kvbaton.engine.constraint.Constraint`, over a matcher of its own."""
@@ -16,8 +18,13 @@ class GrammarConstraint:
         self._matcher = matcher
 
     def accept(self, token_id: int) -> None:
-        """See `Constraint`. A token that does not fit leaves an answer that nothing can follow."""
-        self._matcher.consume_token(token_id)
+        """See `Constraint`.
+
+        Raises InvalidArgumentError when the token does not fit, or the grammar is more than the library can go on with.
+        """
+        if not self._matcher.consume_token(token_id):
+            reason = self._matcher.get_error().partition("\n")[0][:_MAX_REASON]
+            raise InvalidArgumentError("structured_output", f"the answer cannot go on: {reason}")
 
     def fill(self, bitmask: Any, row: int) -> None:
         """See `Constraint`. After the last token only EOS is allowed.
@@ -43,7 +50,7 @@ class CompiledGrammar:
         Raises InvalidArgumentError when they do not fit the grammar.
         """
         matcher = self._matcher.deep_copy()
-        for index, token_id in enumerate(output):
-            if not matcher.consume_token(token_id):
-                raise InvalidArgumentError("output_token_ids", f"token {index} does not fit structured_output")
+        num_fitting = matcher.try_consume_tokens(list(output))
+        if num_fitting < len(output):
+            raise InvalidArgumentError("output_token_ids", f"token {num_fitting} does not fit structured_output")
         return GrammarConstraint(matcher)

@@ -10,11 +10,11 @@ import re
 from llguidance import regex_to_lark
 
 from kvbaton.engine.errors import InvalidArgumentError
-from kvbaton.engine.sampling import StructuredOutput
+from kvbaton.engine.sampling import StructuredOutput, check_count
 from kvbaton.grammar.json_schema import check_schema
 
-MAX_BYTES = {"json_schema": 65_536, "json_object": 0, "regex": 4_096, "choice": 65_536, "grammar": 16_384}
-"""Most bytes of UTF-8, by kind; those of all choices together."""
+MAX_REGEX_CHARS = 4_096
+MAX_GRAMMAR_CHARS = 16_384
 
 MAX_RULES = 500
 """Most rules, terminals and parentheses of a grammar: the library recurses into them, on a stack of limited size."""
@@ -30,10 +30,13 @@ _ANY_OBJECT = '{"type": "object"}'
 
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 
-_OPAQUE = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|//.*|#.*')
+_OPAQUE = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//.*|#.*')
 """Strings, regular expressions and comments of a Lark grammar."""
 
-_NOT_LARK = re.compile(r"%(?!ignore\b|import\b)\w*|[<@\[]")
+_NOT_LARK = re.compile(r'%(?!ignore\b|import\b)\w*|[<@\["/]')
+"""What may not stand outside of them. A quote or slash that is left begins one that ends on another line; what the
+library takes for its inside might be anything here."""
+
 _RULE = re.compile(r"[\w)]\s*:|\(")
 
 
@@ -43,28 +46,22 @@ def field_of(spec: StructuredOutput) -> str:
 
 
 def lark_of(spec: StructuredOutput) -> str:
-    """The grammar's text.
+    """The grammar's text, for `LLMatcher`.
 
     Raises InvalidArgumentError that names the field when it is too large, or uses what is not supported.
     """
     field = field_of(spec)
-    try:
-        num_bytes = len((spec.text + "".join(spec.choices)).encode())
-    except UnicodeEncodeError as error:
-        raise InvalidArgumentError(field, "is not valid Unicode") from error
-    if num_bytes > MAX_BYTES[spec.kind]:
-        raise InvalidArgumentError(field, f"{num_bytes} bytes are more than {MAX_BYTES[spec.kind]}")
     match spec.kind:
         case "json_schema":
             rules = f"start: %json {_schema(spec.text, field)}"
         case "json_object":
             rules = f"start: %json {_schema(_ANY_OBJECT, field)}"
         case "regex":
-            rules = f"start: /{regex_to_lark(_check_regex(spec.text, field), _ASCII)}/"
+            rules = f"start: /{_regex(spec.text, field)}/"
         case "choice":
-            rules = f"start: /{_alternatives(spec.choices, field)}/"
+            rules = f"start: /{'|'.join(_literal(choice) for choice in spec.choices)}/"
         case "grammar":
-            rules = _check_lark(spec.text, field)
+            rules = _lark(spec.text, field)
     return json.dumps({"grammars": [{"lark_grammar": rules + _NO_FORCING}]})
 
 
@@ -80,27 +77,22 @@ def _schema(text: str, field: str) -> str:
         raise InvalidArgumentError(field, f"is not JSON, or nested too deep: {error}") from error
 
 
-def _check_regex(text: str, field: str) -> str:
+def _regex(text: str, field: str) -> str:
+    check_count(field, len(text), MAX_REGEX_CHARS, "characters")
     if (len(text) - len(text.rstrip("\\"))) % 2:
         raise InvalidArgumentError(field, "ends with a lone backslash")
-    return text
-
-
-def _alternatives(choices: tuple[str, ...], field: str) -> str:
-    if not choices:
-        raise InvalidArgumentError(field, "has no texts")
-    return "|".join(_literal(choice) for choice in choices)
+    return regex_to_lark(text, _ASCII)
 
 
 def _literal(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
-def _check_lark(text: str, field: str) -> str:
-    rules = _OPAQUE.sub('""', text)
+def _lark(text: str, field: str) -> str:
+    check_count(field, len(text), MAX_GRAMMAR_CHARS, "characters")
+    rules = _OPAQUE.sub(" ", text)
     other = _NOT_LARK.search(rules)
     if other is not None:
         raise InvalidArgumentError(field, f"{other.group()!r} is not supported")
-    if len(_RULE.findall(rules)) > MAX_RULES:
-        raise InvalidArgumentError(field, f"has more than {MAX_RULES} rules, terminals and parentheses")
+    check_count(field, len(_RULE.findall(rules)), MAX_RULES, "rules, terminals and parentheses")
     return text
