@@ -1,7 +1,7 @@
 """Answers that a worker handed back for lack of blocks: their tokens are those of a quiet run."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from kvbaton.client import AsyncClient, GenerationResult
+from kvbaton.v1.worker_pb2 import WorkerStatus
 from support import tiny_models
-from support.cluster import Cluster, mixed_cluster, worker_status
+from support.cluster import Cluster, mixed_cluster, wait_for_status, worker_status
 
 SMALL_POOL = "72KiB"
 """24 blocks of 8 tokens: room for two and a half of the answers below."""
@@ -85,17 +86,15 @@ async def test_the_important_one_is_not_handed_back(folder: Path, deployment: st
         assert sum(task.result() for task in others) > 0
 
 
+def has_preempted(number: int) -> Callable[[WorkerStatus], bool]:
+    return lambda status: status.counters.requests_preempted >= number
+
+
 async def test_clients_that_go_while_their_requests_are_to_and_fro_leave_nothing(folder: Path) -> None:
     async with crowded(folder, "pair") as (services, client):
         generations = [client.generate(prompt, **GREEDY) for prompt in PROMPTS * 2]
-
-        async def read_some(number: int) -> None:
-            async for chunk in generations[number]:
-                if chunk.index >= 4 * number:
-                    break
-            await generations[number].aclose()
-
-        async with asyncio.TaskGroup() as group:
-            for number in range(len(generations)):
-                group.create_task(read_some(number))
+        for number, generation in enumerate(generations):
+            # One leaves, and the next not before somebody else was handed back, as long as there is a crowd.
+            await wait_for_status(services.decode, has_preempted(min(number, 4) + 1))
+            await generation.aclose()
         await services.assert_idle()
