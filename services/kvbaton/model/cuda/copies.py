@@ -23,7 +23,7 @@ class KvCopies:
 
     def mark_written(self, layer: int) -> None:
         """Engine's thread: what is queued so far writes KV of `layer` that will be read."""
-        self._written[layer].record()
+        self._written[layer].record(torch.cuda.current_stream(self._device))
 
     def read(self, layers: range, rows: Sequence[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
         """`gather` in pinned memory, once the KV of `layers` has been written; waits for it."""

@@ -16,7 +16,6 @@ from kvbaton.model.attention import PagedAttention
 from kvbaton.model.loader import Forward
 from kvbaton.model.ragged import RaggedBatch, Varlen
 from kvbaton.model.store import TorchKvStore
-from kvbaton.model.transfer import to_device
 from kvbaton.model.trial import first_line
 
 logger = logging.getLogger(__name__)
@@ -76,28 +75,26 @@ class DecodeGraphs:
         return not self._failed
 
     def _fill(self, size: int, slices: list[Slice]) -> None:
-        store, padding = self._store, size - len(slices)
-        scratch, block_size = store.scratch_block, store.block_size
-        token_ids = [piece.token_ids()[0] for piece in slices] + [0] * padding
-        positions = [piece.start for piece in slices] + [0] * padding
-        slots = [
-            piece.request.blocks[piece.start // block_size] * block_size + piece.start % block_size for piece in slices
-        ] + [scratch * block_size] * padding
-        numbers = [*token_ids, *positions, *slots, *(position + 1 for position in positions)]
-        for piece in slices:
-            used = piece.request.blocks[: piece.start // block_size + 1]
-            numbers += used + [scratch] * (self._width - len(used))
-        numbers += [scratch] * (self._width * padding)
-        filled = to_device(numbers, torch.int64, store.keys[0].device)
-        if size in self._inputs:
-            self._inputs[size].copy_(filled)
-        else:
-            self._inputs[size] = filled
+        device, block_size = self._store.keys[0].device, self._store.block_size
+        scratch, pinned = self._store.scratch_block, device.type == "cuda"
+        host = torch.full((size * (_ROWS + self._width),), scratch, dtype=torch.int64, pin_memory=pinned)
+        rows, tables = (part.numpy() for part in self._parts(host, size))
+        rows[:] = [[0], [0], [scratch * block_size], [1]]
+        for number, piece in enumerate(slices):
+            blocks, start = piece.request.blocks, piece.start
+            last = start // block_size
+            rows[:, number] = piece.token_ids()[0], start, blocks[last] * block_size + start % block_size, start + 1
+            tables[number, : last + 1] = blocks[: last + 1]
+        if size not in self._inputs:
+            self._inputs[size] = torch.empty_like(host, device=device)
+        self._inputs[size].copy_(host, non_blocking=True)
+
+    def _parts(self, numbers: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return numbers[: _ROWS * size].view(_ROWS, size), numbers[_ROWS * size :].view(size, self._width)
 
     def _step(self, size: int) -> torch.Tensor:
         inputs = self._inputs[size]
-        token_ids, positions, slots, lengths = inputs[: _ROWS * size].view(_ROWS, size)
-        tables = inputs[_ROWS * size :].view(size, self._width)
+        (token_ids, positions, slots, lengths), tables = self._parts(inputs, size)
         longest = self._width * self._store.block_size
         rows = torch.arange(size, device=inputs.device)
         self._attention.batch = RaggedBatch(
