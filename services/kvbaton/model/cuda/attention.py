@@ -7,6 +7,7 @@ against the reference on random input, since what versions of it get right diffe
 import logging
 
 import torch
+from torch.nn import functional
 
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
 from kvbaton.model import reference
@@ -23,6 +24,9 @@ _TOLERANCE = 0.02
 
 _TRIAL_LENGTHS = (2.9, 1.2, 0.1)
 """In blocks: long enough to be split, and of unequal numbers of blocks."""
+
+_TRIAL_WIDTH = 32
+"""Blocks of a table, and of the longest sequence there may be: in a graph both are as large as they ever can be."""
 
 _TRIAL_QUERIES = ((1, 1, 1), (1, 70, 3))
 """Of a step that decodes, and of one that computes prompts beside it."""
@@ -98,7 +102,7 @@ def _agrees(kernel: VarlenKernel, splits: Splits, tensors: Tensors, shape: Layer
         rows = [min(pair) for pair in zip(queries, lengths, strict=True)]
         query = _random((sum(rows), *tensors[0].shape[1:]), generator).to(tensors[0].dtype)
         numbers = torch.tensor([lengths, rows], device=tables.device)
-        varlen = Varlen.of(tables, numbers[0], numbers[1], (max(rows), max(lengths)))
+        varlen = Varlen.of(tables, numbers[0], numbers[1], (max(rows), _TRIAL_WIDTH * block_size))
         actual = kernel.attend(query, (store.keys[0], store.values[0]), shape, varlen, splits)
         pieces = zip(torch.split(query, rows), tables, lengths, strict=True)
         expected = torch.cat([_expected(part, table, length, shape, store) for part, table, length in pieces])
@@ -120,8 +124,10 @@ def _trial_store(
     dtype = next(name for name, dtype in DTYPES.items() if dtype is key.dtype)
     geometry = KvGeometry((LayerGeometry(key.shape[1], key.shape[2], value.shape[2]),), dtype)
     width = -(-max(lengths) // block_size)
-    store = TorchKvStore(geometry, len(lengths) * width, block_size, key.device)
-    tables = torch.arange(len(lengths) * width, device=key.device).flip(0).view(width, -1).t()
+    unused = len(lengths) * width
+    store = TorchKvStore(geometry, unused + 1, block_size, key.device)
+    tables = torch.arange(unused, device=key.device).flip(0).view(width, -1).t()
+    tables = functional.pad(tables, (0, _TRIAL_WIDTH - width), value=unused)
     at = torch.arange(max(lengths), device=key.device)
     for blocks in (store.keys[0], store.values[0]):
         blocks.fill_(float("nan"))
