@@ -83,8 +83,20 @@ def test_what_the_kernel_refuses(tensors: Any, shape: LayerShape, block_size: in
     assert refusal is None if reason is None else refusal is not None and reason in refusal
 
 
-def test_this_torch_has_the_kernel() -> None:
-    assert find_kernel() is not None
+@pytest.mark.parametrize("window", [None, 100])
+def test_torch_takes_the_calls(window: int | None) -> None:
+    """Names and types of the arguments, that is: on tensors without data."""
+    kernel = find_kernel()
+    assert kernel is not None
+    with torch.device("meta"):
+        query = torch.empty(5, 4, 16, dtype=torch.bfloat16)
+        blocks = torch.empty(7, 256, 2, 16, dtype=torch.bfloat16), torch.empty(7, 256, 2, 16, dtype=torch.bfloat16)
+        lengths, tables = torch.zeros(3, dtype=torch.long), torch.zeros(3, 2, dtype=torch.long)
+    for splits in kernel.splits():
+        for longest in (1, 3):
+            varlen = Varlen.of(tables, lengths, lengths, (longest, 500))
+            output = kernel.attend(query, blocks, LayerShape(0.1, window, None, None), varlen, splits)
+            assert output.shape == query.shape
 
 
 def test_splits_are_left_to_the_kernel_only_where_it_joins_them() -> None:
