@@ -11,6 +11,7 @@ from kvbaton.router import resume
 from kvbaton.router.answer import add_timings
 from kvbaton.router.registry import Placement
 from kvbaton.router.resume import FRUITFUL_TOKENS, ResumeBudget
+from kvbaton.v1 import decode_pb2
 from kvbaton.v1 import types_pb2 as types
 from support.fakes import Script, forever
 from support.routes import (
@@ -24,6 +25,7 @@ from support.routes import (
     fails,
     first,
     in_turn,
+    logprobs,
     more,
     routed,
     writes,
@@ -73,6 +75,18 @@ async def test_a_worker_that_serves_both_legs_hands_back_too() -> None:
         ]
 
 
+async def test_the_prompts_logprobs_come_once() -> None:
+    told = decode_pb2.DecodeResponse(prompt_logprobs=logprobs(6, 7))
+    decode = in_turn(
+        writes(ADMITTED_LOCALLY, told, more(0, 10), PREEMPTED),
+        writes(ADMITTED_LOCALLY, told, more(1, 11, finish=STOP), DECODED),
+    )
+    async with routed(forever, decode, locally=True, prompt_logprobs=0) as route:
+        await route.run()
+        assert [request.sampling.HasField("prompt_logprobs") for request in route.decode.requests] == [True, False]
+        assert [response.WhichOneof("event") for response in route.emitted] == ["prompt_logprobs", "tokens", "tokens"]
+
+
 async def test_each_attempt_is_placed_anew() -> None:
     first_try = writes(ADMITTED, more(1, 11), PREEMPTED)
     prefill = writes(first(), FILLED)
@@ -118,27 +132,25 @@ async def test_a_hand_back_that_overtakes_the_first_token_waits_for_it() -> None
 
 
 @pytest.mark.parametrize("error", [TransferRejectedError("the request has ended"), TimeoutError("late")])
-async def test_a_prefill_leg_that_fails_after_the_hand_back_does_no_harm(error: Exception) -> None:
-    handed_back = asyncio.Event()
+@pytest.mark.parametrize("tokens", [[], [10]])
+async def test_a_prefill_leg_that_fails_after_the_hand_back_does_no_harm(
+    error: Exception, tokens: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
 
     async def prefill(request: Any, context: Any) -> None:
-        await context.write(first())
-        await handed_back.wait()
+        for token_id in tokens:
+            await context.write(first(token_id))
+        while "handed req back: no block is free" not in caplog.text:
+            await asyncio.sleep(0)
         raise error
 
-    async def decode(request: Any, context: Any) -> None:
-        await context.write(ADMITTED)
-        await context.write(PREEMPTED)
-
-    async with routed(in_turn(prefill, writes(first(11, index=1, finish=STOP), FILLED)), decode) as route:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(route.run())
-            while not (route.emitted and route.workers[1].num_in_flight == 1 and route.prefill.requests):
-                await asyncio.sleep(0)
-            # The decode leg has ended, or is about to; the prefill leg ends last either way.
-            route.decode.script = writes(ADMITTED, then=forever)
-            handed_back.set()
-        assert (route.tokens(), route.dispatch.first.num_resumes) == ([10, 11], 1)
+    last = writes(first(11, index=len(tokens), finish=STOP), FILLED)
+    decode = in_turn(writes(ADMITTED, PREEMPTED), writes(ADMITTED, then=forever))
+    async with routed(in_turn(prefill, last), decode) as route:
+        await route.run()
+        assert (route.tokens(), route.dispatch.first.num_resumes) == ([*tokens, 11], 1)
+        assert [unpack_token_ids(r.output_token_ids, "") for r in route.decode.requests] == [[], tokens]
 
 
 async def test_a_resume_that_repeats_a_token_is_refused() -> None:

@@ -289,7 +289,11 @@ async def test_prompt_logprobs_come_from_where_the_prompt_is_computed(locally: b
     prefill = writes(*(prefill_pb2.PrefillResponse(prompt_logprobs=part) for part in parts), first(finish=STOP), FILLED)
     local = (decode_pb2.DecodeResponse(prompt_logprobs=part) for part in parts)
     decode = writes(ADMITTED_LOCALLY, *local, more(0, 10, finish=STOP), DECODED)
-    async with routed(prefill, decode if locally else writes(ADMITTED, then=forever), locally=locally) as route:
+    decode = decode if locally else writes(ADMITTED, then=forever)
+    async with routed(prefill, decode, locally=locally, prompt_logprobs=2) as route:
         await route.run()
+        assert [request.sampling.prompt_logprobs for request in route.prefill.requests] == ([] if locally else [2])
+        # A worker that has to compute the whole prompt makes no use of what it has cached.
+        assert [request.sampling.HasField("prompt_logprobs") for request in route.decode.requests] == [locally]
         assert [response.WhichOneof("event") for response in route.emitted] == ["prompt_logprobs"] * 2 + ["tokens"]
         assert [response.prompt_logprobs for response in route.emitted[:2]] == parts

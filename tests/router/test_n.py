@@ -141,8 +141,9 @@ async def test_their_prompts_are_no_load_to_speak_of() -> None:
 async def test_prompt_logprobs_are_passed_on_once() -> None:
     local = decode_pb2.DecodeResponse(prompt_logprobs=logprobs(6, 7))
     decode = writes(ADMITTED_LOCALLY, local, more(0, 10), more(1, 11, finish=LENGTH), DECODED)
-    async with routed(forever, decode, n=2, locally=True) as route:
+    async with routed(forever, decode, n=2, locally=True, prompt_logprobs=0) as route:
         await route.run()
+        assert [request.sampling.HasField("prompt_logprobs") for request in route.decode.requests] == [True, False]
         assert [response.HasField("prompt_logprobs") for response in route.emitted].count(True) == 1
         assert route.emitted[0].HasField("prompt_logprobs")
 

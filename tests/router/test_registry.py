@@ -15,6 +15,8 @@ from kvbaton.rpc.serving import channel
 from kvbaton.v1 import worker_pb2 as pb
 from support.fakes import PATIENCE, FakeWorkerStatus, fingerprint, model_info, served
 
+LIMITS = pb.EngineLimits(max_prefill_tokens=64, max_decode_seqs=8)
+
 
 class Known:
     """Two workers of each role, without connections."""
@@ -28,7 +30,7 @@ class Known:
         self.registry = Registry(workers, self.readiness.append, _rng=random.Random(0))
 
     def seen(self, worker: Worker, **changes: Any) -> None:
-        values = {"role": worker.role, "incarnation": "1", "model": model_info(), **changes}
+        values = {"role": worker.role, "incarnation": "1", "model": model_info(), "limits": LIMITS, **changes}
         self.registry.update(worker, pb.WorkerStatus(**values))
 
     def all_seen(self) -> None:
@@ -166,7 +168,7 @@ def test_two_roles_may_share_an_address() -> None:
     workers = [Worker("one:1", PREFILL, no_channel), Worker("one:1", DECODE, no_channel)]
     registry = Registry(workers, lambda ready: None)
     for worker in workers:
-        registry.update(worker, pb.WorkerStatus(role=worker.role, model=model_info()))
+        registry.update(worker, pb.WorkerStatus(role=worker.role, model=model_info(), limits=LIMITS))
     placement = registry.choose()
     assert (placement.prefill, placement.decode) == (workers[0], workers[1])
 
@@ -255,7 +257,8 @@ async def test_workers_are_followed_lost_and_found_again(monkeypatch: pytest.Mon
     def reporting(role: pb.WorkerRole) -> FakeWorkerStatus:
         async def report(request: Any, context: Any) -> None:
             incarnation = next(incarnations) if role == PREFILL else "d"
-            await context.write(pb.WorkerStatus(role=role, incarnation=incarnation, model=model_info()))
+            status = pb.WorkerStatus(role=role, incarnation=incarnation, model=model_info(), limits=LIMITS)
+            await context.write(status)
             await (end if incarnation == "1" else asyncio.Event()).wait()
 
         return FakeWorkerStatus(report)

@@ -48,7 +48,8 @@ class Router:
 
     def connect(self) -> None:
         for worker in self.workers:
-            status = worker_pb2.WorkerStatus(role=worker.role, incarnation="1", model=model_info())
+            limits = worker_pb2.EngineLimits(max_prefill_tokens=8, max_decode_seqs=8)
+            status = worker_pb2.WorkerStatus(role=worker.role, incarnation="1", model=model_info(), limits=limits)
             self.registry.update(worker, status)
 
     def generate(self, prompt: bytes = pack_token_ids([5, 6, 7]), **fields: Any) -> Any:

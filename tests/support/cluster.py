@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from kvbaton.prefill.service import serve_prefill
 from kvbaton.router.config import RouterConfig
 from kvbaton.router.service import serve_router
 from kvbaton.rpc.serving import Server
+from kvbaton.unified.config import UnifiedConfig
+from kvbaton.unified.service import serve_unified
 from kvbaton.v1 import worker_pb2 as pb
 from kvbaton.v1.worker_pb2_grpc import WorkerServiceStub
 
@@ -68,10 +70,11 @@ class Cluster:
     router: str
     prefill: str
     decode: str
+    unified: str = ""
 
     async def assert_idle(self) -> None:
-        """Neither worker holds a block, a second from now at the latest."""
-        await assert_idle(self.prefill, self.decode)
+        """No worker holds a block, a second from now at the latest."""
+        await assert_idle(*(address for address in (self.prefill, self.decode, self.unified) if address))
 
 
 @asynccontextmanager
@@ -98,20 +101,40 @@ async def cluster(
     router: dict[str, Any] | None = None,
 ) -> AsyncIterator[Cluster]:
     """One prefill worker, one decode worker and a router on the model in `folder`; dictionaries override options."""
+    async with mixed_cluster(folder, prefill=prefill or {}, decode=decode or {}, router=router) as services:
+        yield services
+
+
+@asynccontextmanager
+async def mixed_cluster(
+    folder: Path,
+    *,
+    prefill: dict[str, Any] | None = None,
+    decode: dict[str, Any] | None = None,
+    unified: dict[str, Any] | None = None,
+    router: dict[str, Any] | None = None,
+) -> AsyncIterator[Cluster]:
+    """A router, and a worker of each role that is given, if only an empty dictionary of options."""
     worker = {"model": str(folder), "port": 0, "block_size": 8, "kv_memory": "4MiB", "grace_seconds": 0.5}
-    prefill_config = PrefillConfig(**{**worker, **(prefill or {})})
-    decode_config = DecodeConfig(**{**worker, **(decode or {})})
-    async with (
-        serving_in_loop(serve_prefill, prefill_config) as first,
-        serving_in_loop(serve_decode, decode_config) as second,
-    ):
+    roles: tuple[tuple[str, Any, Any, dict[str, Any] | None], ...] = (
+        ("prefill", serve_prefill, PrefillConfig, prefill),
+        ("decode", serve_decode, DecodeConfig, decode),
+        ("unified", serve_unified, UnifiedConfig, unified),
+    )
+    async with AsyncExitStack() as stack:
+        addresses = dict.fromkeys(("prefill", "decode", "unified"), "")
+        for name, serve, config, options in roles:
+            if options is not None:
+                serving = serving_in_loop(serve, config(**{**worker, **options}))
+                addresses[name] = (await stack.enter_async_context(serving)).address
         router_config = RouterConfig(
             model=str(folder),
-            prefill=(first.address,),
-            decode=(second.address,),
+            prefill=tuple(filter(None, [addresses["prefill"]])),
+            decode=tuple(filter(None, [addresses["decode"]])),
+            workers=tuple(filter(None, [addresses["unified"]])),
             **{"port": 0, "grace_seconds": 0.5, **(router or {})},
         )
-        async with serving_in_loop(serve_router, router_config) as third:
-            async with asyncio.timeout(START_SECONDS):
-                await wait_until_serving(third.address)
-            yield Cluster(third.address, first.address, second.address)
+        server = await stack.enter_async_context(serving_in_loop(serve_router, router_config))
+        async with asyncio.timeout(START_SECONDS):
+            await wait_until_serving(server.address)
+        yield Cluster(server.address, **addresses)

@@ -148,8 +148,8 @@ class Attempt:
             case "preempted":
                 address, reason = self.placement.decode.address, response.preempted.reason
                 logger.info("decode worker %s handed %s back: %s", address, self.job.request_id, reason)
+                # The prefill leg goes on to its own end: it may still bring the first token.
                 self.preempted = True
-                await self._first_passed_on.wait()
 
     async def _prefill_leg(self, prefill: Worker, end_decode_leg: Callable[[], object]) -> None:
         request = prefill_pb2.PrefillRequest(**self.job.fields, sampling=self.job.sampling, target=await self._target)
@@ -173,8 +173,8 @@ class Attempt:
             if not ended:
                 raise UnavailableError(f"{peer} ended the request early")
         except (KvbatonError, TimeoutError) as error:
-            # Once the decode worker has handed the request back, its KV is of no use, and the token has been passed on.
-            if not (self.preempted and self._first_passed_on.is_set()):
+            # Once the decode worker has handed the request back the KV is of no use, and so is its hand-off.
+            if not self.preempted:
                 raise
             logger.info("%s, too late to matter: %s", peer, error)
         self._prefilled()

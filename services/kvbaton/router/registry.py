@@ -78,9 +78,7 @@ class Worker:
 
     @property
     def _limits(self) -> pb.EngineLimits:
-        if self.status is None or not self.status.HasField("limits"):
-            return pb.EngineLimits(max_prefill_tokens=1, max_decode_seqs=1)
-        return self.status.limits
+        return self.status.limits if self.status is not None else pb.EngineLimits()
 
     def candidate(self) -> Candidate:
         """The worker as the policy sees it."""

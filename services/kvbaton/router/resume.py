@@ -7,7 +7,7 @@ from kvbaton.engine.errors import OverloadedError
 FRUITFUL_TOKENS = 8
 """An attempt that brought as many tokens was worth its prefill, and the next one need not wait."""
 MAX_FRUITLESS = 50
-"""Attempts in a row that may bring fewer: something like forty seconds, with the waits between them."""
+"""Attempts in a row that may bring fewer; the waits between them add up to 45 seconds."""
 FIRST_WAIT_SECONDS = 0.02
 LONGEST_WAIT_SECONDS = 1.0
 
