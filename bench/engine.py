@@ -18,8 +18,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
+
+import machine
 from peers.protocol import Steps, Work
 from random_models import SHAPES
 

@@ -50,7 +50,7 @@ def gemm_rate(rows: int = 512, inner: int = 1024, columns: int = 4096) -> float:
     return 2 * rows * inner * columns / _best(lambda: torch.nn.functional.linear(left, right))
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@numba.njit
 def _xor(data: Any) -> Any:
     result = np.uint64(0)
     for i in range(data.shape[0]):

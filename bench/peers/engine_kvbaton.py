@@ -1,6 +1,6 @@
 """kvbaton's engine under bench/engine.py: scheduler, pool, runner and sampler, as a worker has them.
 
-    python engine_kvbaton.py MODEL_DIR
+python engine_kvbaton.py MODEL_DIR
 """
 
 import sys
@@ -40,7 +40,8 @@ class Kvbaton:
         engine = Engine(scheduler, self._runner)
         sampling = SamplingParams(max_tokens=work.steps + 1, seed=0, ignore_eos=True)
         for index, prompt in enumerate(work.prompts(self._loaded.vocab_size)):
-            scheduler.add(NewRequest(str(index), prompt, sampling, Route.LOCAL), time.perf_counter())
+            request = NewRequest(request_id=str(index), prompt=prompt, sampling=sampling, route=Route.LOCAL)
+            scheduler.add(request, time.perf_counter())
         num_begun, result = 0, Steps(0.0, [])
         while True:
             waiting = num_begun < work.batch

@@ -1,6 +1,6 @@
 """`transformers` alone under bench/engine.py: its own forward pass and cache, SDPA attention.
 
-    python engine_transformers.py MODEL_DIR
+python engine_transformers.py MODEL_DIR
 """
 
 import sys

@@ -1,14 +1,15 @@
 """vLLM's engine under bench/engine.py. Runs in an environment of its own (setup_vllm.sh).
 
-    python engine_vllm.py MODEL_DIR      (affinity and VLLM_* variables are set by bench/engine.py)
+python engine_vllm.py MODEL_DIR      (affinity and VLLM_* variables are set by bench/engine.py)
 """
 
 import sys
 import time
 from typing import Any
 
-from peers.protocol import Steps, Work, serve
 from vllm import LLM, SamplingParams
+
+from peers.protocol import Steps, Work, serve
 
 
 class Vllm:

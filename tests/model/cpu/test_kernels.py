@@ -74,12 +74,17 @@ def test_rotate_heads(dtype: torch.dtype, normalised: bool, rotated: int) -> Non
     arrays = [as_array(tensor) for tensor in (cos, sin, query, key)]
     rotate_heads(as_array(projected), given[0], given[1], np.float32(1e-6), *arrays)
     split = projected.float().view(tokens, -1, dim)
-    for result, part, weight in ((query, split[:, :heads], weights[0]), (key, split[:, heads : heads + kv_heads], weights[1])):
+    for result, part, weight in (
+        (query, split[:, :heads], weights[0]),
+        (key, split[:, heads : heads + kv_heads], weights[1]),
+    ):
         values = functional.rms_norm(part, (dim,), weight, 1e-6) if normalised else part
         turned, rest = values[..., :rotated], values[..., rotated:]
         low, high = turned.chunk(2, -1)
         turned = turned * cos.float()[:, None] + torch.cat([-high, low], -1) * sin.float()[:, None]
-        torch.testing.assert_close(result.float(), torch.cat([turned, rest], -1).to(dtype).float(), rtol=2**-7, atol=1e-5)
+        torch.testing.assert_close(
+            result.float(), torch.cat([turned, rest], -1).to(dtype).float(), rtol=2**-7, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

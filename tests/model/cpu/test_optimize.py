@@ -18,6 +18,9 @@ from kvbaton.model.cpu.optimize import optimize
 from support import tiny_models
 
 packs = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no oneDNN kernels for bfloat16 here")
+ROUNDING = 0.05
+"""How far apart bfloat16 leaves the logits of wide random weights; a wrong layer is further off than their norm."""
+
 TOKENS = torch.tensor([[5, 9, 11, 3, 40, 41, 42]])
 
 
@@ -50,8 +53,7 @@ def test_common_layers_become_one(architecture: str, tmp_path: Path) -> None:
     optimize(model, attention)
     assert kinds(model, CompiledLayer) == model.config.num_hidden_layers
     assert compiled_decoder(model) is not None
-    difference = (logits(model) - before).norm() / before.norm()
-    assert 0 <= difference < 0.02
+    assert (logits(model) - before).norm() / before.norm() < ROUNDING
 
 
 @packs
@@ -63,7 +65,7 @@ def test_other_layers_get_faster_parts(tmp_path: Path) -> None:
     assert compiled_decoder(model) is None
     assert kinds(model, FusedGatedMlp) == model.config.num_hidden_layers
     assert kinds(model, CompiledRmsNorm) == 6 * model.config.num_hidden_layers + 1
-    assert (logits(model) - before).norm() / before.norm() < 0.02
+    assert (logits(model) - before).norm() / before.norm() < ROUNDING
 
 
 def test_float32_keeps_its_linear_layers(tmp_path: Path) -> None:
