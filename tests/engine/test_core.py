@@ -9,8 +9,9 @@ from kvbaton.engine.core import Engine
 from kvbaton.engine.output import SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Phase, Request, Route
+from kvbaton.engine.result import StepResult
 from kvbaton.engine.sampling import SamplingParams
-from kvbaton.engine.scheduler import Batch, Limits, Scheduler, StepResult
+from kvbaton.engine.scheduler import Batch, Limits, Scheduler
 from support.requests import new_request
 
 serial = itertools.count()
@@ -100,7 +101,38 @@ def test_milestones_come_from_the_steps_clock() -> None:
     request = add(engine, "a", 2, max_tokens=1)
     engine.step(ticking())
     at = request.milestones
-    assert (at.admitted, at.prefill_started, at.prefill_ended, at.finished) == (1.0, 2.0, 3.0, 3.0)
+    assert (at.admitted, at.prefill_started, at.prefill_ended, at.finished) == (1.0, 2.0, 4.0, 4.0)
+
+
+class TimedRunner(FakeRunner):
+    """Takes a hundredth of a second, and a thousandth for each token."""
+
+    now = 0.0
+
+    def run(self, batch: Batch) -> StepOutput:
+        self.now += 0.01 + 0.001 * (batch.num_prefill_tokens + batch.num_decode_tokens)
+        return super().run(batch)
+
+
+def test_with_a_target_prompts_go_in_chunks_that_decodes_have_time_for() -> None:
+    runner = TimedRunner()
+    limits = Limits(max_prefill_tokens=500, max_decode_seqs=8, max_waiting=8, target_itl=0.1)
+    engine = Engine(Scheduler(BlockPool(2000, 4), limits, frozenset({2}), 10_000), runner)
+    add(engine, "decoding", 1, max_tokens=100)
+    engine.step(lambda: runner.now)
+    long = add(engine, "long", 3000)
+    took = []
+    while long.phase is not Phase.DECODING:
+        before = runner.now
+        engine.step(lambda: runner.now)
+        took.append(runner.now - before)
+    assert max(took) < 0.15
+    assert min(took[5:-1]) > 0.09
+    engine.scheduler.remove("decoding", 0.0)
+    engine.scheduler.remove("long", 0.0)
+    add(engine, "alone", 800)
+    engine.step(lambda: runner.now)
+    assert runner.batches[-1] == [("alone", 0, 500)], "nobody waits for a token"
 
 
 def test_a_failing_runner_ends_its_batch_and_nobody_else() -> None:

@@ -6,8 +6,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from kvbaton.engine.request import Route
+from kvbaton.engine.result import TokenSampled
 from kvbaton.engine.sampling import SamplingParams
-from kvbaton.engine.scheduler import Limits, TokenSampled
+from kvbaton.engine.scheduler import Limits
 from kvbaton.worker.engine_thread import EngineThread, RequestHandle
 from support.fakes import PATIENCE, FakeRunner, make_engine
 from support.requests import new_request

@@ -25,7 +25,7 @@ LONG_PROMPT = Ask(prompt=[5] * LONG)
 @pytest.fixture
 async def worker(unified: Unified) -> AsyncIterator[str]:
     # Room for one long prompt and a little more, in small chunks, so that it takes long.
-    async with unified(max_prefill_tokens=32, kv_memory="32MiB") as address:
+    async with unified(max_prefill_tokens=32, kv_memory="12MiB") as address:
         yield address
 
 

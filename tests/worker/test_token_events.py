@@ -3,8 +3,8 @@
 from typing import Any
 
 from kvbaton.engine.output import TokenLogprobs
+from kvbaton.engine.result import TokenSampled
 from kvbaton.engine.sampling import FinishReason, SamplingParams
-from kvbaton.engine.scheduler import TokenSampled
 from kvbaton.text.output import OutputText
 from kvbaton.v1 import types_pb2 as types
 from kvbaton.worker.token_events import prompt_logprobs_messages, token_event

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from kvbaton.engine.budget import StepShape
 from kvbaton.engine.counters import EngineCounters
 from kvbaton.engine.output import StepOutput
-from kvbaton.engine.scheduler import Batch, Scheduler, StepResult
+from kvbaton.engine.result import StepResult
+from kvbaton.engine.scheduler import Batch, Scheduler
 
 Clock = Callable[[], float]
 """Seconds, from any fixed origin."""
@@ -56,15 +58,27 @@ class Engine:
         return result
 
     def _compute(self, batch: Batch, clock: Clock) -> StepResult:
-        prefill_tokens, decode_tokens = batch.num_prefill_tokens, batch.num_decode_tokens
+        shape, started = _shape(batch), clock()
         try:
             output = self._runner.run(batch)
         except Exception as error:
             for piece in batch.slices:
                 self.scheduler.fail(piece.request, clock())
             return StepResult(failed=[(piece.request, error) for piece in batch.slices])
+        if self.scheduler.limits.target_itl is not None:
+            self.scheduler.chunk_budget.observe(shape, clock() - started)
         result = self.scheduler.commit(batch, output, clock())
         self.counters.num_steps += 1
-        self.counters.prefill_tokens_computed += prefill_tokens
-        self.counters.decode_tokens_computed += decode_tokens
+        self.counters.prefill_tokens_computed += shape.prefill_tokens
+        self.counters.decode_tokens_computed += shape.decode_seqs
         return result
+
+
+def _shape(batch: Batch) -> StepShape:
+    decodes, prompts = batch.slices[: batch.num_decode_tokens], batch.slices[batch.num_decode_tokens :]
+    return StepShape(
+        decode_seqs=len(decodes),
+        decode_context=sum(piece.start + 1 for piece in decodes),
+        prefill_tokens=sum(piece.num_tokens for piece in prompts),
+        prefill_pairs=sum(piece.num_tokens * (2 * piece.start + piece.num_tokens + 1) // 2 for piece in prompts),
+    )

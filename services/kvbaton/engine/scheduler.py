@@ -16,14 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvbaton.engine import chunking, prefix
+from kvbaton.engine.budget import ChunkBudget, StepShape
 from kvbaton.engine.constraint import Constraint
 from kvbaton.engine.counters import Counts, EngineCounters
 from kvbaton.engine.errors import InvalidArgumentError, NotANumberError, OverloadedError, UnavailableError
-from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput, TokenLogprobs
+from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.ranked import RankedRequests
 from kvbaton.engine.request import Milestones, Phase, Request, Route
-from kvbaton.engine.sampling import FinishReason, SamplingParams
+from kvbaton.engine.result import StepResult, TokenSampled
+from kvbaton.engine.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,7 @@ class Limits:
     max_waiting: int
     """Requests that may wait for blocks."""
     target_itl: float | None = None
-    """Seconds that a step which decodes should take; None: `max_prefill_tokens` alone decides."""
+    """Seconds that a step which decodes should take, by the choice of how much prompt it carries. None: no target."""
 
     def refusal(self, route: Route) -> str | None:
         """Why a request has no place here; None when it has."""
@@ -66,7 +68,7 @@ class NewRequest:
     """What the answer must look like; it has accepted `output` already."""
 
 
-# The three that follow are made by the hundred in every step: frozen ones would cost several times as much.
+# The two that follow are made by the hundred in every step: frozen ones would cost several times as much.
 
 
 @dataclass(slots=True)
@@ -111,32 +113,6 @@ class Batch:
 
 
 @dataclass(slots=True)
-class TokenSampled:
-    """Token `index` of a request's output; `finish_reason` is set on the last."""
-
-    request: Request
-    index: int
-    token_id: int
-    finish_reason: FinishReason | None
-    logprobs: TokenLogprobs | None = None
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What one step, or the arrival of KV, changed."""
-
-    admitted: list[Request] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-    """Handed back for want of blocks."""
-    sampled: list[TokenSampled] = field(default_factory=list)
-    prompt_logprobs: list[tuple[Request, Sequence[TokenLogprobs]]] = field(default_factory=list)
-    failed: list[tuple[Request, Exception]] = field(default_factory=list)
-    """Requests that ended, each with its reason."""
-    worked: bool = False
-    """Whether anything was computed."""
-
-
-@dataclass(slots=True)
 class Scheduler:
     """All requests of one worker, and the rules by which they proceed."""
 
@@ -145,6 +121,8 @@ class Scheduler:
     eos_token_ids: frozenset[int]
     max_model_len: int
     counters: EngineCounters = field(default_factory=EngineCounters)
+    chunk_budget: ChunkBudget = field(default_factory=ChunkBudget)
+    """Asked when the limits have a target; whoever measures steps tells it of them."""
     _requests: dict[str, Request] = field(default_factory=dict)
     _waiting: RankedRequests = field(default_factory=RankedRequests)
     _prefilling: RankedRequests = field(default_factory=RankedRequests)
@@ -159,17 +137,9 @@ class Scheduler:
         complete already, UnavailableError where the limits leave it no place, and OverloadedError when the line is
         full or the request could never fit the pool.
         """
-        sampling = new.sampling
         if new.request_id in self._requests:
             raise InvalidArgumentError("request_id", f"{new.request_id!r} is already running here")
-        if not new.prompt:
-            raise InvalidArgumentError("prompt", "is empty")
-        if len(new.prompt) + sampling.max_tokens > self.max_model_len:
-            total = f"{len(new.prompt)} tokens and max_tokens {sampling.max_tokens}"
-            raise InvalidArgumentError("prompt", f"{total} exceed the context of {self.max_model_len}")
-        if len(new.output) >= sampling.max_tokens:
-            problem = f"{len(new.output)} tokens leave nothing of max_tokens {sampling.max_tokens}"
-            raise InvalidArgumentError("output_token_ids", problem)
+        _check(new, self.max_model_len)
         if (refusal := self.limits.refusal(new.route)) is not None:
             raise UnavailableError(refusal)
         request = _begin(new, next(self._arrivals), now)
@@ -206,9 +176,9 @@ class Scheduler:
                 self._finish(request, now)
             return displaced
         preempted: list[Request] = []
-        size, index = self.pool.block_size, 0
-        while index < min(len(self._decoding), self.limits.max_decode_seqs):
-            request = self._decoding[index]
+        size = self.pool.block_size
+        for request in list(itertools.islice(self._decoding, self.limits.max_decode_seqs)):
+            # One that was handed back a moment ago has no blocks, and computed tokens: it asks for nothing.
             if request.num_computed == len(request.blocks) * size:
                 while not self.pool.can_allocate(1):
                     last = self._decoding[-1]
@@ -219,7 +189,6 @@ class Scheduler:
                 else:
                     request.blocks += self.pool.allocate(1)
                     self._num_growing -= not self._may_grow(request)
-            index += 1
         self.counters.requests_preempted += len(preempted)
         return preempted
 
@@ -261,7 +230,7 @@ class Scheduler:
             if request.milestones.decode_started is None:
                 request.milestones.decode_started = now
             slices.append(Slice(request, request.num_computed, 1, True))
-        for request, num_tokens in chunking.share(self._prefilling, self.limits.max_prefill_tokens):
+        for request, num_tokens in chunking.share(self._prefilling, self._prefill_budget(slices)):
             if request.milestones.prefill_started is None:
                 request.milestones.prefill_started = now
             last = num_tokens == request.num_uncomputed
@@ -330,6 +299,14 @@ class Scheduler:
         growing = [request for request in self._requests.values() if request.blocks and self._may_grow(request)]
         assert len(growing) == self._num_growing, f"{self._num_growing} requests grow, not {len(growing)}"
 
+    def _prefill_budget(self, decodes: Sequence[Slice]) -> int:
+        limits = self.limits
+        if limits.target_itl is None or not decodes or not self._prefilling:
+            return limits.max_prefill_tokens
+        shape = StepShape(len(decodes), sum(piece.start + 1 for piece in decodes))
+        start = self._prefilling[0].num_computed
+        return self.chunk_budget.choose(limits.target_itl, shape, start, limits.max_prefill_tokens)
+
     def _may_grow(self, request: Request) -> bool:
         return len(request.blocks) < self.pool.blocks_for(request.max_kv_tokens)
 
@@ -379,6 +356,19 @@ class Scheduler:
         request.blocks = []
         request.milestones.finished = now
         request.move_to(Phase.FINISHED)
+
+
+def _check(new: NewRequest, max_model_len: int) -> None:
+    """Raises InvalidArgumentError for what no worker with this context could do."""
+    max_tokens = new.sampling.max_tokens
+    if not new.prompt:
+        raise InvalidArgumentError("prompt", "is empty")
+    if len(new.prompt) + max_tokens > max_model_len:
+        total = f"{len(new.prompt)} tokens and max_tokens {max_tokens}"
+        raise InvalidArgumentError("prompt", f"{total} exceed the context of {max_model_len}")
+    if len(new.output) >= max_tokens:
+        problem = f"{len(new.output)} tokens leave nothing of max_tokens {max_tokens}"
+        raise InvalidArgumentError("output_token_ids", problem)
 
 
 def _begin(new: NewRequest, arrival: int, now: float) -> Request:

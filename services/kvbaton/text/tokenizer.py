@@ -31,6 +31,11 @@ class Tokenizer:
         """Characters that `num_tokens` tokens stand for at the most: longer text need not be encoded to be refused."""
         return num_tokens * self._max_token_chars
 
+    def definition(self) -> str | None:
+        """All of it as JSON, in the format of `tokenizers`; None when it is a program in Python."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return None if backend is None else str(backend.to_str())
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a plain prompt, with the special tokens that the model expects around it."""
         token_ids: list[int] = self._tokenizer(text)["input_ids"]

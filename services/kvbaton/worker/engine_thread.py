@@ -17,7 +17,8 @@ from kvbaton.engine.counters import Counts, EngineCounters
 from kvbaton.engine.errors import KvbatonError, OverloadedError, PreemptedError
 from kvbaton.engine.output import TokenLogprobs
 from kvbaton.engine.request import Request
-from kvbaton.engine.scheduler import Limits, NewRequest, StepResult, TokenSampled
+from kvbaton.engine.result import StepResult, TokenSampled
+from kvbaton.engine.scheduler import Limits, NewRequest
 from kvbaton.handoff.clock import wall_seconds
 
 logger = logging.getLogger(__name__)

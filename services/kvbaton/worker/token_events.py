@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from kvbaton.engine.output import TokenLogprobs
-from kvbaton.engine.scheduler import TokenSampled
+from kvbaton.engine.result import TokenSampled
 from kvbaton.rpc.sampling import FINISH_REASONS, logprobs_to_proto
 from kvbaton.text.output import OutputText
 from kvbaton.v1 import types_pb2 as types
