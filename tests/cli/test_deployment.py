@@ -76,7 +76,9 @@ async def test_each_kind_gets_its_options_and_the_router_their_addresses(monkeyp
 
     monkeypatch.setattr(module, "_start", stand_in)
     monkeypatch.setattr(module, "wait_until_serving", serving)
-    config = UpConfig(port=0, prefill=1, decode=1, unified=2, max_prefill_tokens=64, max_decode_seqs=3)
+    config = UpConfig(
+        port=0, prefill=1, decode=1, unified=2, max_prefill_tokens=64, max_decode_seqs=3, trust_remote_code=True
+    )
     async with asyncio.timeout(20), deployed(config, lambda *_: None) as deployment:
         assert [process.name for process in deployment.processes] == list(started)[-1:] + list(started)[:-1]
     assert list(started) == ["prefill-1", "decode-1", "worker-1", "worker-2", "router"]
@@ -88,6 +90,9 @@ async def test_each_kind_gets_its_options_and_the_router_their_addresses(monkeyp
         both,
         set(),
     ]
+    # Four of them divide the machine's memory.
+    shared = {"--memory-share=0.250", "--trust-remote-code"}
+    assert [shared <= set(flags) for flags in started.values()] == [True, True, True, True, False]
     addresses = {"--prefill=127.0.0.1:1", "--decode=127.0.0.1:2", "--workers=127.0.0.1:3,127.0.0.1:4"}
     assert addresses <= set(started["router"])
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvbaton.engine import prefix
 from kvbaton.engine.output import NOT_A_NUMBER
 from kvbaton.engine.request import Phase, Request, Route
 from kvbaton.engine.scheduler import Scheduler
@@ -171,3 +172,45 @@ def test_each_block_is_hashed_once_and_none_in_vain() -> None:
         step(of)
         hashed.append(len(request.hashes.digests))
     assert hashed == [(number + 1) * 40 // BLOCK for number in range(25)]
+
+
+@pytest.fixture
+def few_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix, "HASHES_A_STEP", 2)
+
+
+LONG = list(range(100, 130))  # seven full blocks
+
+
+@pytest.mark.usefixtures("few_hashes")
+def test_a_long_look_up_takes_several_steps_beside_decodes_and_one_without() -> None:
+    of = scheduler(num_blocks=40)
+    run(of, "before", LONG)
+    alone = ask(of, "alone", LONG)
+    assert of.admit(0.0) == [alone]
+    step(of)
+    long, short = ask(of, "long", [*LONG, 1]), ask(of, "short", [*LONG[:4], 1])
+    steps = [[request.request_id for request in of.admit(0.0)] for _ in range(4)]
+    assert steps == [[], [], [], ["long", "short"]]
+    assert (long.num_cached, short.num_cached) == (28, 4)
+
+
+@pytest.mark.usefixtures("few_hashes")
+def test_a_prompt_on_its_way_is_hashed_beside_decodes_before_it_arrives() -> None:
+    of = scheduler(num_blocks=40)
+    coming = ask(of, "coming", LONG, route=Route.RECEIVE)
+    of.admit(0.0)
+    assert len(coming.hashes.digests) == 1, "nobody decodes: there is time when it arrives"
+    ask(of, "decoding", [1, 2, 3])
+    step(of)
+    hashed = []
+    for _ in range(4):
+        of.admit(0.0)
+        hashed.append(len(coming.hashes.digests))
+    assert hashed == [3, 5, 7, 7]
+    of.kv_received("coming", NEVER_EOS, 0.0)
+    of.check_integrity()
+    twin = ask(of, "twin", LONG)
+    while not twin.blocks:
+        of.admit(0.0)
+    assert twin.num_cached == 28

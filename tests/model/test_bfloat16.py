@@ -32,6 +32,9 @@ PROMPTS = [1, 9, 40, 61]
 def save(architecture: str, folder: Path) -> Path:
     torch.manual_seed(13)
     config = tiny_models.ARCHITECTURES[architecture].config()
+    if hasattr(config, "num_experts_per_tok"):
+        # All of them: between two experts that are nearly as good, rounding may choose either, and the answers differ.
+        config.num_experts_per_tok = 4
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -70,7 +73,7 @@ def teacher_forced(folder: Path, request: Request) -> list[float]:
     return [float(row[token]) for row, token in zip(logprobs, request.output, strict=True)]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3"])
+@pytest.mark.parametrize("architecture", list(tiny_models.ARCHITECTURES))
 def test_log_probabilities(architecture: str, tmp_path: Path) -> None:
     folder = save(architecture, tmp_path)
     spread = []

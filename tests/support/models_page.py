@@ -26,7 +26,8 @@ reason.
 ## Tested
 
 For each of these, a tiny model with random weights gives in float32 the tokens that `transformers` generates, in each
-of the modes below (`tests/model/test_parity.py`).
+of the modes below (`tests/model/test_parity.py`), and in bfloat16 their log-probabilities within 0.05
+(`tests/model/test_bfloat16.py`).
 
 {tested}
 

@@ -160,9 +160,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         "K and V of different widths; experts",
         "K and V are kept expanded, not as the latent they are computed from",
     ),
-    "cohere": Architecture(lambda: transformers.CohereConfig(**_without("head_dim"))),
+    "cohere": Architecture(lambda: transformers.CohereConfig(**_without("head_dim"), logit_scale=1.0)),
     "cohere2": Architecture(
-        lambda: transformers.Cohere2Config(**SHAPE, sliding_window=WINDOW, layer_types=_LOCAL_GLOBAL_LOCAL),
+        lambda: transformers.Cohere2Config(
+            **SHAPE, logit_scale=1.0, sliding_window=WINDOW, layer_types=_LOCAL_GLOBAL_LOCAL
+        ),
         "sliding layers, and global layers without position embeddings",
     ),
     "glm4": Architecture(lambda: transformers.Glm4Config(**SHAPE, partial_rotary_factor=0.5), "partly rotated heads"),

@@ -25,7 +25,7 @@ LONG_PROMPT = Ask(prompt=[5] * LONG)
 @pytest.fixture
 async def worker(unified: Unified) -> AsyncIterator[str]:
     # Room for one long prompt and a little more, in small chunks, so that it takes long.
-    async with unified(max_prefill_tokens=32, kv_memory="12MiB") as address:
+    async with unified(max_prefill_tokens=32, kv_memory="10MiB") as address:
         yield address
 
 
@@ -38,7 +38,7 @@ async def test_while_it_waits_for_blocks(worker: str) -> None:
     async with asyncio.TaskGroup() as group:
         first = group.create_task(answer_locally(worker, LONG_PROMPT))
         await wait_for_status(worker, lambda s: s.queues.num_prefilling == 1)
-        second = group.create_task(answer_locally(worker, LONG_PROMPT))
+        second = group.create_task(answer_locally(worker, Ask(prompt=[6] * LONG)))
         await wait_for_status(worker, lambda s: s.queues.num_waiting == 1)
         await cancelled(second)
         status = await wait_for_status(worker, lambda s: s.queues.num_waiting == 0)
@@ -70,7 +70,7 @@ async def test_while_tokens_stream_beside_a_prompt(worker: str) -> None:
 
 
 async def test_while_its_kv_moves_from_one_to_another(worker: str, unified: Unified) -> None:
-    async with unified(kv_memory="32MiB") as other:
+    async with unified(kv_memory="10MiB") as other:
         async with asyncio.TaskGroup() as group:
             work = group.create_task(hand_over(worker, other, LONG_PROMPT))
             await wait_for_status(other, lambda s: s.counters.kv_bytes_received > 0)

@@ -72,9 +72,11 @@ def worker(supervised: bool, **values: Any) -> None:
     It can stand on either side of a hand-off, and its limits, which are its role, can be changed while it runs.
     --kv-port and --kv-endpoint are as for `kvbaton decode`.
     """
+    config = build_config(UnifiedConfig, values)
+    limit_threads(config.threads)
     from kvbaton.unified.service import serve_unified
 
-    run_service("worker", build_config(UnifiedConfig, values), serve_unified, supervised)
+    run_service("worker", config, serve_unified, supervised)
 
 
 @main.command()

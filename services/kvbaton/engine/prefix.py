@@ -4,20 +4,37 @@ Which blocks those are the pool knows, by the digests of `engine.hashing` (the s
 "PagedAttention", with the hashed blocks and the LRU order that vLLM has made common).
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Request
 
+HASHES_A_STEP = 256
+"""Blocks hashed between two steps while somebody decodes: less than a millisecond, however long the prompt."""
 
-def match(pool: BlockPool, request: Request) -> list[int]:
+
+def match(pool: BlockPool, request: Request, *, hurried: bool) -> list[int] | None:
     """Blocks that hold KV for the request's beginning; neither they nor the pool are changed.
 
-    Never that of its last token, whose logits are needed. What is not found is not hashed, beyond one block.
+    Never that of its last token, whose logits are needed. What is not found is not hashed, beyond one block. A hurried
+    look-up stops after a number of hashes with None, and goes on from there the next time.
     """
     if not request.uses_prefix_cache:
         return []
-    return pool.match(_digests(pool, request, 0, (request.num_prefill - 1) // pool.block_size))
+    stop = (request.num_prefill - 1) // pool.block_size
+    limit = min(stop, len(request.hashes.digests) + HASHES_A_STEP) if hurried else stop
+    blocks = pool.match(_digests(pool, request, 0, limit))
+    return None if len(blocks) == limit < stop else blocks
+
+
+def hash_ahead(pool: BlockPool, receiving: Iterable[Request]) -> None:
+    """Hash some blocks of a prompt whose KV is on its way: when it arrives, registering it must not hold up a step."""
+    for request in receiving:
+        start, stop = len(request.hashes.digests), request.num_prefill // pool.block_size
+        if start < stop:
+            deque(_digests(pool, request, start, min(stop, start + HASHES_A_STEP)), maxlen=0)
+            break
 
 
 def register(pool: BlockPool, request: Request) -> None:

@@ -125,6 +125,7 @@ class Scheduler:
     """Asked when the limits have a target; whoever measures steps tells it of them."""
     _requests: dict[str, Request] = field(default_factory=dict)
     _waiting: RankedRequests = field(default_factory=RankedRequests)
+    _receiving: RankedRequests = field(default_factory=RankedRequests)
     _prefilling: RankedRequests = field(default_factory=RankedRequests)
     _decoding: RankedRequests = field(default_factory=RankedRequests)
     _num_growing: int = 0
@@ -201,7 +202,9 @@ class Scheduler:
         admitted: list[Request] = []
         while self._waiting:
             request = self._waiting[0]
-            cached = prefix.match(self.pool, request)
+            cached = prefix.match(self.pool, request, hurried=bool(self._decoding))
+            if cached is None:
+                break
             needed = self.pool.blocks_for(min(request.num_prefill + 1, request.max_kv_tokens)) - len(cached)
             if not self.pool.can_allocate(needed + self._num_growing, reusing=cached):
                 break
@@ -217,10 +220,13 @@ class Scheduler:
             self._num_growing += self._may_grow(request)
             if request.route is Route.RECEIVE:
                 request.move_to(Phase.RECEIVING)
+                self._receiving.add(request)
             else:
                 request.move_to(Phase.PREFILLING)
                 self._prefilling.add(request)
             admitted.append(request)
+        if self._decoding:
+            prefix.hash_ahead(self.pool, self._receiving)
         return admitted
 
     def schedule(self, now: float) -> Batch:
@@ -330,6 +336,7 @@ class Scheduler:
         elif reason is not None:
             self._finish(request, now)
         elif request.phase is not Phase.DECODING:
+            self._receiving.discard(request)
             self._prefilling.discard(request)
             request.move_to(Phase.DECODING)
             self._decoding.add(request)
@@ -349,8 +356,8 @@ class Scheduler:
             self._waiting.discard(request)
         else:
             self._num_growing -= self._may_grow(request)
-        self._prefilling.discard(request)
-        self._decoding.discard(request)
+        for requests in (self._receiving, self._prefilling, self._decoding):
+            requests.discard(request)
         del self._requests[request.request_id]
         self.pool.release(request.blocks)
         request.blocks = []

@@ -45,7 +45,10 @@ class OutgoingTransfers:
 
     def layer_done(self, batch: Batch, layer: int) -> None:
         """Engine's thread: a layer's KV of `batch` is in the store."""
-        for piece in batch.slices:
+        # A unified worker computes many layers for nobody else: its decodes, and prompts that stay.
+        if not self._transfers:
+            return
+        for piece in batch.slices[batch.num_decode_tokens :]:
             transfer = self._transfers.get(piece.request.request_id)
             if transfer is not None:
                 transfer.layer_ready(layer, piece.start + piece.num_tokens, piece.request.blocks)

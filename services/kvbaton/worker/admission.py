@@ -1,14 +1,17 @@
 """What a worker's services take from a router's request before the engine hears of it."""
 
+import asyncio
 import itertools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kvbaton.engine.constraint import Constraint
-from kvbaton.engine.errors import InvalidArgumentError
+from kvbaton.engine.errors import InvalidArgumentError, OverloadedError
 from kvbaton.engine.request import Route
 from kvbaton.engine.sampling import StructuredOutput, check_token_ids_in_vocabulary
 from kvbaton.engine.scheduler import NewRequest
 from kvbaton.engine.tokens import check_token_ids, unpack_token_ids
+from kvbaton.grammar.compiler import GrammarCompiler
 from kvbaton.rpc.sampling import complete_sampling_from_proto
 from kvbaton.text.tokenizer import Tokenizer
 from kvbaton.v1 import decode_pb2, prefill_pb2
@@ -29,6 +32,7 @@ class Admission:
     def __init__(self, model: types.ModelInfo, tokenizer: Tokenizer | None) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._compiler = GrammarCompiler(tokenizer, model.vocab_size, frozenset(model.eos_token_ids))
         self._compiling = ThreadPoolExecutor(1, "grammar")
         self._num_compiling = 0
         # Request ids are the clients' and may repeat; the engine's may not.
@@ -69,7 +73,14 @@ class Admission:
         """Compile no more; requests that wait for it are cancelled."""
         self._compiling.shutdown(wait=False, cancel_futures=True)
 
-    async def _constraint(self, spec: StructuredOutput, output: list[int]) -> Constraint:
-        if self._tokenizer is None:
-            raise InvalidArgumentError("structured_output", "the model has no tokenizer, so that no grammar fits it")
-        raise InvalidArgumentError("structured_output", "is not served yet")
+    async def _constraint(self, spec: StructuredOutput, output: Sequence[int]) -> Constraint:
+        if self._num_compiling >= MAX_COMPILING:
+            raise OverloadedError(f"{self._num_compiling} grammars wait for their compilation already")
+        self._num_compiling += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compiling, self._compile, spec, output)
+        finally:
+            self._num_compiling -= 1
+
+    def _compile(self, spec: StructuredOutput, output: Sequence[int]) -> Constraint:
+        return self._compiler.compile(spec).constraint(output)
