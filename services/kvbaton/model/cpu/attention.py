@@ -148,7 +148,7 @@ class _Products:
                 return torch.bmm(query.float(), self._wide[:, low:high].transpose(1, 2))
         products = query.new_empty(*query.shape[:2], high - low, dtype=torch.float32)
         rows, dim = query.shape[1:]
-        arrays = as_array(query), as_array(self._panels), products.numpy()
+        arrays = as_array(query.contiguous()), as_array(self._panels), products.numpy()
         multiply_heads(arrays[0], rows, dim, arrays[1], low // PANEL, arrays[2])
         return products
 

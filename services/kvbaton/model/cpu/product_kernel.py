@@ -233,7 +233,7 @@ def multiply(inputs: int, rows: int, width: int, weights: int, bias: Any, output
 
 @kernel
 def multiply_heads(inputs: Any, rows: int, width: int, panels: Any, first_panel: int, products: Any) -> None:
-    """Each head's `inputs` [heads, rows, width] (bfloat16) times its packed `panels`, in float32.
+    """Each head's `inputs` [heads, rows, width] (bfloat16, contiguous) times its packed `panels`, in float32.
 
     `panels` [heads, panels, width / 2, 64, 2] are what `pack` makes of a head's keys; `products` [heads, rows, outputs]
     are those of the outputs from `first_panel` on, as many as there is room for.
