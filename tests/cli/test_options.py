@@ -161,7 +161,7 @@ def test_wrong_flags_are_errors(prefill: Command, arguments: list[str], problem:
         ("router", "--max-in-flight", ["0"], "1"),
         ("router", "--default-max-tokens", ["0", "2147483648"], "2147483647"),
         ("prefill", "--threads", ["0", "99999999999"], "1"),
-        ("decode", "--block-size", ["0", "4097"], "4096"),
+        ("decode", "--block-size", ["-1", "4097"], "4096"),
         ("prefill", "--max-prefill-tokens", ["0"], "1"),
         ("decode", "--max-decode-seqs", ["0"], "1"),
         ("prefill", "--port", ["-1", "65536"], "65535"),
@@ -197,8 +197,8 @@ def test_ranges_hold_for_files_and_the_environment_and_are_in_the_help(
 ) -> None:
     assert "'--threads'" in prefill("--config", toml("threads = 0")).output
     assert "'--grace-seconds'" in prefill("--config", toml("grace_seconds = nan")).output
-    assert "'--block-size'" in prefill(KVBATON_PREFILL_BLOCK_SIZE="0").output
-    assert "1<=x<=4096" in prefill("--help").output
+    assert "'--block-size'" in prefill(KVBATON_PREFILL_BLOCK_SIZE="-1").output
+    assert "0<=x<=4096" in prefill("--help").output
     assert prefill.seen is None
 
 

@@ -35,8 +35,6 @@ def worker(folder: Path) -> tuple[Scheduler, Engine, TorchKvStore]:
 
 @pytest.mark.parametrize("architecture", list(tiny_models.ARCHITECTURES))
 def test_moved_kv_gives_the_answers_of_transformers(architecture: str, tmp_path: Path) -> None:
-    # TensorFloat-32 rounds far coarser than float32 does.
-    torch.backends.cuda.matmul.allow_tf32 = False
     folder = tiny_models.save_tiny_model(architecture, tmp_path)
     prompts = tiny_models.random_prompts(LENGTHS)
     params = SamplingParams(max_tokens=MAX_TOKENS, seed=0, ignore_eos=True)

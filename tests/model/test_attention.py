@@ -14,15 +14,21 @@ from kvbaton.engine.scheduler import Batch, Slice
 from kvbaton.model import ragged
 from kvbaton.model.attention import AttentionBackend, LayerShape, PagedAttention
 from kvbaton.model.cpu.attention import CpuAttention
+from kvbaton.model.cuda.attention import CudaAttention
 from kvbaton.model.reference import ReferenceAttention, attend
 from kvbaton.model.store import TorchKvStore
+from support.varlen import LenientKernel, varlen_attn
 
 HEADS, KV_HEADS, K_DIM, V_DIM, BLOCK = 6, 2, 8, 5, 4
 WINDOW = 7
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-BACKENDS: dict[str, Callable[[], AttentionBackend]] = {"reference": ReferenceAttention, "cpu": CpuAttention}
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
+    "reference": ReferenceAttention,
+    "cpu": CpuAttention,
+    "cuda": lambda: CudaAttention(LenientKernel(varlen_attn)),
+}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -12,7 +12,15 @@ from kvbaton.model.loader import LoadedModel, load_model
 from kvbaton.model.memory import Memory
 from kvbaton.worker import kv_memory
 from kvbaton.worker.config import WorkerConfig
-from kvbaton.worker.kv_memory import MAX_BLOCKS, allocate, auto_bytes, blocks_in, check_size, num_blocks_for
+from kvbaton.worker.kv_memory import (
+    MAX_BLOCKS,
+    allocate,
+    auto_bytes,
+    block_size_of,
+    blocks_in,
+    check_size,
+    num_blocks_for,
+)
 from support import tiny_models
 
 GIB = 1 << 30
@@ -73,6 +81,11 @@ def test_a_size_and_auto_are_sizes() -> None:
 )
 def test_auto(memory: Memory, weights: int, device: str, share: float, expected: int) -> None:
     assert auto_bytes(memory, weights, device, share) == expected
+
+
+@pytest.mark.parametrize(("device", "asked", "expected"), [("cpu", 0, 16), ("cuda:1", 0, 256), ("cuda", 64, 64)])
+def test_blocks_are_of_the_asked_size_or_suit_the_device(device: str, asked: int, expected: int) -> None:
+    assert block_size_of(WorkerConfig(device=device, block_size=asked)) == expected
 
 
 def test_auto_takes_no_more_blocks_than_a_pool_has_and_says_nothing(

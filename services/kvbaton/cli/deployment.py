@@ -36,7 +36,12 @@ class UpConfig:
     dtype: str = option("auto", "Element type of weights and KV.", ("auto", "float32", "bfloat16"))
     device: str = option("cpu", "Where to compute: cpu, cuda or cuda:N.")
     threads: int = option(1, "Threads of computation of each worker on a CPU.", minimum=1, maximum=1024)
-    block_size: int = option(16, "Tokens in one KV block.", minimum=1, maximum=4096)
+    block_size: int = option(
+        0,
+        "Tokens in one KV block. 0: 16 on a CPU, 256 on a GPU, whose kernel takes multiples of it.",
+        minimum=0,
+        maximum=4096,
+    )
     kv_memory: str = option("auto", "Memory for each worker's KV pool; auto divides what the device has among them.")
     trust_remote_code: bool = option(False, "Run code that comes with the model, with all rights of the workers.")
     max_prefill_tokens: int = option(

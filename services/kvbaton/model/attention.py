@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from kvbaton.engine.geometry import LayerGeometry
 from kvbaton.model.ragged import RaggedBatch
@@ -78,9 +78,12 @@ class PagedAttention:
     """What to pass as `attn_implementation`."""
 
     def register(self) -> None:
-        """Make the function known to `transformers`, which keeps it for the life of the process."""
+        """Make the function known to `transformers`, which keeps it for the life of the process.
+
+        It makes no mask for names that AttentionMaskInterface does not know. To find out which mask it should make it
+        would look at the positions, and on a GPU wait for them.
+        """
         AttentionInterface.register(self.name, self)
-        AttentionMaskInterface.register(self.name, lambda *_, **__: None)
 
     def __call__(
         self,
@@ -112,6 +115,7 @@ class PagedAttention:
             return self.backend.attend_causal(tensors, shape)
         self.store.put(layer, self.batch.slots, tensors[1], tensors[2])
         if self.on_layer is not None:
+            self.store.mark_written(layer)
             self.on_layer(layer)
         return self.backend.attend(layer, tensors, shape, self.batch, self.store)
 

@@ -12,11 +12,12 @@ from transformers.utils import logging as transformers_logging
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import KvGeometry
 from kvbaton.model import checkpoint
-from kvbaton.model.attention import PagedAttention
+from kvbaton.model.attention import AttentionBackend, PagedAttention
 from kvbaton.model.cpu.allocator import keep_freed_memory
 from kvbaton.model.cpu.attention import CpuAttention
 from kvbaton.model.cpu.decoder import compiled_decoder
 from kvbaton.model.cpu.optimize import optimize
+from kvbaton.model.cuda.attention import cuda_attention
 from kvbaton.model.memory import check_fits, memory_of
 from kvbaton.model.reference import ReferenceAttention
 from kvbaton.model.store import DTYPES
@@ -60,7 +61,7 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
     target = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise StartupError(f"dtype {dtype!r} is not one of {sorted(DTYPES)} or 'auto'")
-    attention = PagedAttention(CpuAttention() if target.type == "cpu" else ReferenceAttention())
+    attention = PagedAttention(_backend(target))
     attention.register()
     model = _load(path, dtype, target, attention.name, trust_remote_code)
     model.eval().to(target)
@@ -83,6 +84,16 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
         max_model_len=max_model_len,
         eos_token_ids=_eos_token_ids(model),
     )
+
+
+def _backend(device: torch.device) -> AttentionBackend:
+    if device.type == "cpu":
+        return CpuAttention()
+    if device.type != "cuda":
+        return ReferenceAttention()
+    # Who asks for float32 does not mean TensorFloat-32, which has ten bits.
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    return cuda_attention()
 
 
 def _optimized(model: Any, attention: PagedAttention) -> Forward:

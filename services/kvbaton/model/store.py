@@ -7,6 +7,7 @@ import torch
 
 from kvbaton.engine.geometry import KvGeometry
 from kvbaton.engine.kv_store import Buffer
+from kvbaton.model.cuda.copies import KvCopies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """torch's name of each KV dtype."""
@@ -18,7 +19,8 @@ _BITS = {"float32": (torch.int32, np.int32), "bfloat16": (torch.int16, np.int16)
 class TorchKvStore:
     """One K and one V tensor a layer, `[num_blocks, block_size, num_kv_heads, head_dim]`; implements `KvStore`.
 
-    The memory is not initialised: a token's KV is whatever was last written at its slot.
+    The memory is not initialised: a token's KV is whatever was last written at its slot. On a CUDA device there is one
+    block more than asked for, which nobody has, for the rows that fill up a batch of fixed size.
     """
 
     def __init__(self, geometry: KvGeometry, num_blocks: int, block_size: int, device: torch.device) -> None:
@@ -26,7 +28,9 @@ class TorchKvStore:
         self._geometry = geometry
         self.block_size = block_size
         dtype = DTYPES[geometry.dtype]
-        shape = (num_blocks, block_size)
+        self.scratch_block = num_blocks
+        self._copies = KvCopies(device, geometry.num_layers) if device.type == "cuda" else None
+        shape = (num_blocks + (device.type == "cuda"), block_size)
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         for layer in geometry.layers:
@@ -50,33 +54,35 @@ class TorchKvStore:
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
 
+    def mark_written(self, layer: int) -> None:
+        """Engine's thread: `put` was called for KV of `layer` that is to be read; another thread's `read` awaits it."""
+        if self._copies is not None:
+            self._copies.mark_written(layer)
+
     def read(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
         """See `KvStore.read`. Waits for a device's copy to the host."""
-        index = self._slots(blocks, tokens)
-        parts = []
-        for layer in layers:
-            for rows in self._rows[layer]:
-                part = rows.index_select(0, index.to(rows.device)).cpu()
-                parts.append(part.numpy().reshape(-1).view(np.uint8).data)
-        return parts
+        index, rows = self._slots(blocks, tokens), self._rows_of(layers)
+        if self._copies is not None:
+            parts = [self._copies.read(layers, rows, index)]
+        else:
+            parts = [part.index_select(0, index) for part in rows]
+        return [part.numpy().reshape(-1).view(np.uint8).data for part in parts]
 
     def write(self, layers: range, blocks: Sequence[int], tokens: range, payload: Buffer) -> None:
         """See `KvStore.write`. Waits for a device's copy from the host."""
-        index = self._slots(blocks, tokens)
+        index, rows = self._slots(blocks, tokens), self._rows_of(layers)
         incoming = np.frombuffer(payload, dtype=self._numpy_bits)
+        if self._copies is not None:
+            self._copies.write(rows, index, incoming)
+            return
         offset = 0
-        for layer in layers:
-            for rows in self._rows[layer]:
-                width = rows.shape[1]
-                part = incoming[offset : offset + len(tokens) * width].reshape(len(tokens), width)
-                offset += part.size
-                if rows.device.type == "cpu":
-                    rows.numpy()[index.numpy()] = part
-                else:
-                    rows.index_copy_(0, index.to(rows.device), torch.from_numpy(part.copy()).to(rows.device))
-        if self.keys[0].is_cuda:
-            # What was written must be visible to the stream of the engine's thread.
-            torch.cuda.current_stream().synchronize()
+        for part in rows:
+            width = part.shape[1]
+            part.numpy()[index.numpy()] = incoming[offset : offset + len(tokens) * width].reshape(len(tokens), width)
+            offset += len(tokens) * width
+
+    def _rows_of(self, layers: range) -> list[torch.Tensor]:
+        return [rows for layer in layers for rows in self._rows[layer]]
 
     def _slots(self, blocks: Sequence[int], tokens: range) -> torch.Tensor:
         position = torch.arange(tokens.start, tokens.stop)

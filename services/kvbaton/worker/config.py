@@ -18,7 +18,12 @@ class WorkerConfig:
     dtype: str = option("auto", "Element type of weights and KV.", ("auto", "float32", "bfloat16"))
     device: str = option("cpu", "Where to compute: cpu, cuda or cuda:N.")
     threads: int = option(1, "Threads of computation on a CPU.", minimum=1, maximum=1024)
-    block_size: int = option(16, "Tokens in one KV block.", minimum=1, maximum=4096)
+    block_size: int = option(
+        0,
+        "Tokens in one KV block. 0: 16 on a CPU, 256 on a GPU, whose kernel takes multiples of it.",
+        minimum=0,
+        maximum=4096,
+    )
     kv_memory: str = option("auto", "Memory for the KV pool, for example 512MiB; auto goes by what the device has.")
     memory_share: float = option(
         1.0, "Share of the device's memory that auto plans with: for several workers on one.", minimum=0.001, maximum=1

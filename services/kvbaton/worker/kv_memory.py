@@ -4,6 +4,7 @@ import logging
 
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import KvGeometry
+from kvbaton.model.cuda.kernel import PAGE_MULTIPLE
 from kvbaton.model.loader import LoadedModel
 from kvbaton.model.memory import Memory, check_fits, memory_of, readable
 from kvbaton.model.store import TorchKvStore
@@ -13,6 +14,9 @@ from kvbaton.worker.config import WorkerConfig
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+
+CPU_BLOCK_SIZE = 16
+"""Tokens of a block where nothing asks for more: prefixes are shared by whole blocks."""
 
 MAX_BLOCKS = 1 << 20
 """Most blocks a pool has, however small they are: each costs some bookkeeping."""
@@ -27,6 +31,11 @@ CPU_MOST = 4 << 30
 """Bytes that `auto` takes on a CPU at the most."""
 
 
+def block_size_of(config: WorkerConfig) -> int:
+    """Tokens of a block that `--block-size` asks for, or that suit the device."""
+    return config.block_size or (PAGE_MULTIPLE if config.device.startswith("cuda") else CPU_BLOCK_SIZE)
+
+
 def check_size(kv_memory: str) -> None:
     """Raise StartupError when the option is neither a size nor "auto": that can be told before a model is loaded."""
     if kv_memory != AUTO:
@@ -35,17 +44,18 @@ def check_size(kv_memory: str) -> None:
 
 def num_blocks_for(config: WorkerConfig, loaded: LoadedModel) -> int:
     """Blocks of the pool that `--kv-memory` asks for. Raises StartupError when it is not even one."""
+    block_size = block_size_of(config)
     if config.kv_memory == AUTO:
         size = auto_bytes(memory_of(loaded.device), loaded.weights_bytes, loaded.device.type, config.memory_share)
         # Not more than there can be: nobody asked for the rest.
-        size = min(size, MAX_BLOCKS * config.block_size * loaded.geometry.token_bytes)
+        size = min(size, MAX_BLOCKS * block_size * loaded.geometry.token_bytes)
     else:
         size = parse_size(config.kv_memory, "kv-memory")
-    num_blocks = blocks_in(size, loaded.geometry, config.block_size)
-    if num_blocks * config.block_size < loaded.max_model_len:
+    num_blocks = blocks_in(size, loaded.geometry, block_size)
+    if num_blocks * block_size < loaded.max_model_len:
         logger.warning(
             "the KV pool holds %d tokens and the model's context %d: longer requests are refused",
-            num_blocks * config.block_size,
+            num_blocks * block_size,
             loaded.max_model_len,
         )
     return num_blocks
@@ -82,9 +92,10 @@ def blocks_in(size: int, geometry: KvGeometry, block_size: int) -> int:
 
 def allocate(config: WorkerConfig, loaded: LoadedModel, num_blocks: int) -> TorchKvStore:
     """The pool's memory. Raises StartupError when the device does not have that much."""
-    size = num_blocks * config.block_size * loaded.geometry.token_bytes
+    block_size = block_size_of(config)
+    size = num_blocks * block_size * loaded.geometry.token_bytes
     check_fits("--kv-memory: the pool takes", size, memory_of(loaded.device), loaded.device)
     try:
-        return TorchKvStore(loaded.geometry, num_blocks, config.block_size, loaded.device)
+        return TorchKvStore(loaded.geometry, num_blocks, block_size, loaded.device)
     except RuntimeError as error:
         raise StartupError(f"--kv-memory: {readable(size)} cannot be allocated on {config.device}") from error

@@ -66,7 +66,7 @@ def build_runtime(
     loaded = load_model(path, config.dtype, config.device, config.trust_remote_code)
     num_blocks = num_blocks_for(config, loaded)
     store = allocate(config, loaded, num_blocks)
-    scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits, loaded.eos_token_ids, loaded.max_model_len)
+    scheduler = Scheduler(BlockPool(num_blocks, store.block_size), limits, loaded.eos_token_ids, loaded.max_model_len)
     engine = Engine(scheduler, ModelRunner(loaded, store, on_layer))
     tokenizer = load_tokenizer(path)
     info = model_info(loaded, config.served_model_name or model_name(path))
@@ -78,9 +78,9 @@ def build_runtime(
         time.monotonic() - begin,
         config.device,
         readable(loaded.weights_bytes),
-        readable(num_blocks * config.block_size * loaded.geometry.token_bytes),
+        readable(num_blocks * store.block_size * loaded.geometry.token_bytes),
         num_blocks,
-        config.block_size,
+        store.block_size,
     )
     return WorkerRuntime(
         incarnation=secrets.token_hex(8),
