@@ -62,22 +62,19 @@ class System:
 @contextmanager
 def started(name: str, python: Path, model: Path, core: int) -> Iterator[System]:
     """Start a system pinned to `core`; it ends with the block."""
-    environment = {
-        **os.environ,  # noqa: TID251
-        "PYTHONPATH": str(PEERS.parent),
-        "OMP_NUM_THREADS": "1",
-    }
+    variables = [f"PYTHONPATH={PEERS.parent}", "OMP_NUM_THREADS=1"]
     if name == "vllm":
-        environment |= {
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_CPU_OMP_THREADS_BIND": str(core),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "LD_PRELOAD": ":".join(str(path) for path in _preloads(python)),
-        }
-    command = ["taskset", "-c", str(core), str(python), str(PEERS / f"engine_{name}.py"), str(model)]
+        variables += [
+            "VLLM_CPU_KVCACHE_SPACE=2",
+            f"VLLM_CPU_OMP_THREADS_BIND={core}",
+            "VLLM_ENABLE_V1_MULTIPROCESSING=0",
+            "VLLM_LOGGING_LEVEL=ERROR",
+            f"LD_PRELOAD={':'.join(str(path) for path in _preloads(python))}",
+        ]
+    affinity = ["taskset", "-c", str(core)]
+    command = ["env", *variables, *affinity, str(python), str(PEERS / f"engine_{name}.py"), str(model)]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         try:
             yield System(name, process)
