@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check format protos models cuda train clean
+.PHONY: install demo test check format protos models cuda train bench-engine clean
 
 install: $(INSTALLED)
 
@@ -40,6 +40,11 @@ models: $(INSTALLED)
 
 cuda: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m cuda
+
+# Half an hour on two quiet cores. vLLM is measured where bench/peers/setup_vllm.sh build/peers/vllm was run before.
+bench-engine: $(INSTALLED)
+	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/report.py
 
 train: $(INSTALLED)
 	$(BIN)/python scripts/train_tiny.py

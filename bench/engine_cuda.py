@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import transformers
-from random_models import SHAPES, save_random_model
 
 from kvbaton.engine.core import Engine
 from kvbaton.engine.geometry import KvGeometry
@@ -34,6 +33,7 @@ from kvbaton.model.cuda.kernel import PAGE_MULTIPLE
 from kvbaton.model.loader import LoadedModel, load_model
 from kvbaton.model.runner import ModelRunner
 from kvbaton.model.store import TorchKvStore
+from random_models import SHAPES, save_random_model
 
 WARM_UP, STEPS = 8, 32
 OURS, THEIRS = "kvbaton", "transformers"

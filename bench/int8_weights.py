@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from random_models import SHAPES
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+from random_models import SHAPES
 
 ROWS = (1, 8, 512)
 ROUNDS = 5

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import random_models
 import torch
 import transformers
 from safetensors.torch import load_file
 
+import random_models
 from support import tiny_models
 
 

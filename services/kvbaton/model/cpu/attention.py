@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from kvbaton.model.attention import LayerShape, Tensors
-from kvbaton.model.cpu.decode_kernel import attend_decodes
+from kvbaton.model.cpu import decode_dot_kernel, decode_kernel
 from kvbaton.model.cpu.kernels import masked_softmax
 from kvbaton.model.cpu.numeric import as_array
+from kvbaton.model.cpu.product_kernel import PANEL, has_bfloat16_unit, multiply_heads
 from kvbaton.model.ragged import Piece, RaggedBatch
 from kvbaton.model.store import TorchKvStore
 
@@ -63,7 +64,8 @@ def _decode(
 ) -> None:
     assert batch.decode_tables is not None
     assert batch.decode_lengths is not None
-    attend_decodes(
+    attend = decode_dot_kernel.attend_decodes if _has_dot(query, store, layer) else decode_kernel.attend_decodes
+    attend(
         as_array(query.contiguous()),
         as_array(store.keys[layer]),
         as_array(store.values[layer]),
@@ -77,6 +79,16 @@ def _decode(
     )
 
 
+def _has_dot(query: torch.Tensor, store: TorchKvStore, layer: int) -> bool:
+    widths = store.keys[layer].shape[-1], store.values[layer].shape[-1]
+    return (
+        query.dtype is torch.bfloat16
+        and has_bfloat16_unit()
+        and not any(width % decode_dot_kernel.LANES for width in widths)
+        and not store.block_size % decode_dot_kernel.TOKENS
+    )
+
+
 def _prefill(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -87,32 +99,58 @@ def _prefill(
 ) -> None:
     """`query`, `output` [tokens, heads, dim] end at position `stop`, as do `keys` and `values` [kv_heads, n, dim]."""
     kv_heads, group = keys.shape[0], query.shape[1] // keys.shape[0]
-    wide_keys, values = keys.float().contiguous(), values.contiguous()
+    values, products = values.contiguous(), _Products(keys)
     first_key = stop - keys.shape[1]
     window, softcap = shape.window or 0, np.float32(shape.softcap or 0)
     scale, sinks = _scale(shape, query.shape[-1]), _sinks(shape)
     for row in range(0, len(query), TILE):
         tile = query[row : row + TILE]
         first_query = stop - len(query) + row
-        low = max(first_key, first_query - window + 1) if window else first_key
-        seen = slice(low - first_key, first_query + len(tile) - first_key)
+        low = max(0, first_query - window + 1 - first_key) // PANEL * PANEL if window else 0
+        high = first_query + len(tile) - first_key
         by_head = tile.view(len(tile), kv_heads, group, -1).permute(1, 2, 0, 3).reshape(kv_heads, -1, tile.shape[-1])
-        with _exact_products(query.dtype):
-            scores = torch.bmm(by_head.float(), wide_keys[:, seen].transpose(1, 2))
+        scores = products.with_keys(by_head, low, high)
         weights = scores.new_empty(scores.shape, dtype=query.dtype)
-        shape_4d = (kv_heads, group, len(tile), scores.shape[-1])
+        shape_4d = (kv_heads, group, len(tile), high - low)
         masked_softmax(
             as_array(scores.view(shape_4d)),
             first_query,
-            low,
+            first_key + low,
             window,
             scale,
             softcap,
             sinks,
             as_array(weights.view(shape_4d)),
         )
-        result = torch.bmm(weights, values[:, seen]).view(kv_heads, group, len(tile), -1)
+        result = torch.bmm(weights, values[:, low:high]).view(kv_heads, group, len(tile), -1)
         output[row : row + TILE].view(len(tile), kv_heads, group, -1).copy_(result.permute(2, 0, 1, 3))
+
+
+class _Products:
+    """Products of queries with a prompt's keys [kv_heads, n, dim], in float32 whatever the dtype is."""
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        self._panels = self._wide = None
+        dim = keys.shape[2]
+        if keys.dtype is torch.bfloat16 and dim % 2 == 0 and torch.get_num_threads() == 1 and has_bfloat16_unit():
+            missing = -keys.shape[1] % PANEL
+            padded = torch.nn.functional.pad(keys, (0, 0, 0, missing)) if missing else keys
+            shape = (keys.shape[0], -1, PANEL, dim // 2, 2)
+            self._panels = padded.reshape(shape).transpose(2, 3).contiguous()
+        else:
+            self._wide = keys.float().contiguous()
+
+    def with_keys(self, query: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        """`query` [kv_heads, rows, dim] times keys `low` to `high`, [kv_heads, rows, keys]; `low` begins a panel."""
+        if self._panels is None:
+            assert self._wide is not None
+            with _exact_products(query.dtype):
+                return torch.bmm(query.float(), self._wide[:, low:high].transpose(1, 2))
+        products = query.new_empty(*query.shape[:2], high - low, dtype=torch.float32)
+        rows, dim = query.shape[1:]
+        arrays = as_array(query.contiguous()), as_array(self._panels), products.numpy()
+        multiply_heads(arrays[0], rows, dim, arrays[1], low // PANEL, arrays[2])
+        return products
 
 
 @contextmanager

@@ -23,11 +23,10 @@ class CompiledDecoder:
         """Logits [len(rows), vocab] after the tokens in `rows` of `token_ids` and `positions` [1, tokens]."""
         hidden: torch.Tensor = self._embed(token_ids)[0]
         cos, sin = self._rotary(hidden, positions)
-        for layer in self._layers:
+        for layer in self._layers[:-1]:
             hidden = layer.compute(hidden, cos[0], sin[0])
-        if not len(rows):
-            return hidden.new_empty(0)
-        logits: torch.Tensor = self._head(self._norm(hidden[rows]))
+        hidden = self._layers[-1].compute(hidden, cos[0], sin[0], rows)
+        logits: torch.Tensor = self._head(self._norm(hidden))
         return logits
 
 

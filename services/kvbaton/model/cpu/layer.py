@@ -50,8 +50,14 @@ class CompiledLayer(nn.Module):
         cos, sin = position_embeddings
         return self.compute(hidden_states[0], cos[0], sin[0])[None]
 
-    def compute(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """`hidden` [tokens, hidden], `cos` and `sin` [tokens, rotated]; returns [tokens, hidden]."""
+    def compute(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`hidden` [tokens, hidden], `cos` and `sin` [tokens, rotated]; returns [tokens, hidden].
+
+        With `rows` only those are computed to the end, and returned: after a model's last layer nobody asks for the
+        others, whose K and V are kept all the same.
+        """
         projected = self._projections.forward(self._norm.forward(hidden))
         tokens, dim, norms = len(hidden), self._dim, self._weights
         query = hidden.new_empty(tokens, self._heads, dim)
@@ -67,8 +73,10 @@ class CompiledLayer(nn.Module):
             as_array(key),
         )
         value = projected[:, -self._kv_heads * dim :].view(tokens, self._kv_heads, dim)
-        attended = self._attention.attend(self._index, (query, key, value), self._shape)
-        hidden = hidden + self._output.forward(attended.view(tokens, -1))
+        attended = self._attention.attend(self._index, (query, key, value), self._shape).view(tokens, -1)
+        if rows is not None:
+            hidden, attended = hidden[rows], attended[rows]
+        hidden = hidden + self._output.forward(attended)
         result: torch.Tensor = hidden + self._mlp(self._mlp_norm.forward(hidden))
         return result
 

@@ -1,18 +1,25 @@
-"""Linear layers with weights in the layout of oneDNN's matrix kernels, reordered once at load and not at each step."""
+"""Linear layers in bfloat16 whose weights were put, once at load, into the order in which they are read.
+
+On one core with a bfloat16 unit by the project's own kernel, which was measured 1.2 to 1.9 times as fast as oneDNN's at
+1 to 8 rows and alike at more (docs/adr/0010); elsewhere by oneDNN's.
+"""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
-_linear = torch.ops.mkldnn._linear_pointwise.default
+from kvbaton.model.cpu import product_kernel
+
+_onednn = torch.ops.mkldnn._linear_pointwise.default
 
 EXPECTED_ROWS = 8
-"""Rows that the layout is chosen for: a decode batch. Larger ones run as fast from it."""
+"""Rows that oneDNN's layout is chosen for: a decode batch. Larger ones run as fast from it."""
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this machine and this torch have oneDNN kernels that read packed weights of `dtype`.
+    """Whether this machine and this torch have kernels that read packed weights of `dtype`.
 
     Only bfloat16 gains: float32 products run as fast from the ordinary layout.
     """
@@ -29,12 +36,31 @@ class PackedLinear(nn.Module):
         """`weight` [out_features, in_features] is copied; `can_pack` must have allowed its dtype."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), EXPECTED_ROWS)
-        self._bias = None if bias is None else bias.detach()
+        # The kernel knows one core; oneDNN divides its work among threads.
+        self._own = product_kernel.has_bfloat16_unit() and torch.get_num_threads() == 1 and self.in_features % 2 == 0
+        if self._own:
+            self._packed = product_kernel.pack(weight.detach())
+            self._bias = np.empty(0, np.float32) if bias is None else bias.detach().float().numpy()
+        else:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), EXPECTED_ROWS)
+            self._onednn_bias = None if bias is None else bias.detach()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns [..., out_features]."""
-        result: torch.Tensor = _linear(rows, self._packed, self._bias, "none", [], "")
+        if not self._own:
+            result: torch.Tensor = _onednn(rows, self._packed, self._onednn_bias, "none", [], "")
+            return result
+        rows = rows.contiguous()
+        result = rows.new_empty(*rows.shape[:-1], self.out_features)
+        product_kernel.multiply(
+            rows.data_ptr(),
+            rows.numel() // self.in_features,
+            self.in_features,
+            self._packed.data_ptr(),
+            self._bias,
+            self.out_features,
+            result.data_ptr(),
+        )
         return result
 
     @classmethod

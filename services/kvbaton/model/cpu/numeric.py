@@ -15,7 +15,7 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import config as _config
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _numba_intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,12 +73,28 @@ def _largest_of(row: Any, start: Any) -> Any:
 largest_of = _compiled(_largest_of, fastmath=True)
 
 
-def _intrinsic(build: Callable[..., Any]) -> Any:
-    """An operation that kernels can call, from a function that builds its instructions."""
-    return intrinsic(build)
+def intrinsic(build: Callable[..., Any]) -> Any:
+    """An operation that kernels can call, from a function that gives its type and builds its instructions."""
+    return _numba_intrinsic(build)
 
 
-@_intrinsic
+class Bfloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bfloat)
+
+    def __hash__(self) -> int:
+        return hash(Bfloat)
+
+
+@intrinsic
 def load(typing_context: Any, value: Any) -> Any:
     """An array's element as float32."""
 
@@ -91,7 +107,7 @@ def load(typing_context: Any, value: Any) -> Any:
     return types.float32(value), widen
 
 
-@_intrinsic
+@intrinsic
 def _bits(typing_context: Any, value: Any) -> Any:
     def reinterpret(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
@@ -99,7 +115,7 @@ def _bits(typing_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), reinterpret
 
 
-@_intrinsic
+@intrinsic
 def _float(typing_context: Any, bits: Any) -> Any:
     def reinterpret(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
@@ -107,22 +123,14 @@ def _float(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), reinterpret
 
 
-@_intrinsic
+@intrinsic
 def element(typing_context: Any, value: Any, like: Any) -> Any:
     """`value` for an array whose elements are of the type of `like`: float32, or bfloat16 rounded to nearest even."""
 
     def narrow(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if signature.args[1] == types.float32:
             return arguments[0]
-        word = ir.IntType(32)
-        bits = builder.bitcast(arguments[0], word)
-        upper = builder.lshr(bits, ir.Constant(word, 16))
-        odd = builder.and_(upper, ir.Constant(word, 1))
-        rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
-        result = builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
-        # Rounding up would turn some NaN into an infinity or a zero.
-        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
-        return builder.select(is_nan, ir.Constant(ir.IntType(16), 0x7FC0), result)
+        return builder.bitcast(builder.fptrunc(arguments[0], Bfloat()), ir.IntType(16))
 
     return like(types.float32, like), narrow
 
