@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check format protos models cuda train bench-engine clean
+.PHONY: install demo test check format protos models cuda train bench-engine bench-chunks bench-report clean
 
 install: $(INSTALLED)
 
@@ -44,6 +44,13 @@ cuda: $(INSTALLED)
 # Half an hour on two quiet cores. vLLM is measured where bench/peers/setup_vllm.sh build/peers/vllm was run before.
 bench-engine: $(INSTALLED)
 	$(BIN)/python bench/engine.py
+
+# A minute on two quiet cores.
+bench-chunks: $(INSTALLED)
+	$(BIN)/python bench/chunk_budget.py
+
+# docs/benchmarks.md, from what the benchmarks left in build/bench.
+bench-report: $(INSTALLED)
 	$(BIN)/python bench/report.py
 
 train: $(INSTALLED)

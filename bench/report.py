@@ -40,6 +40,19 @@ and Intel's OpenMP loaded first, as its guide asks, where they are there. It is 
 that what its server's processes cost each other does not count against it.
 """
 
+CHUNKS = """
+## Prompts beside answers, on one worker
+
+`{command}`, {date}, commit {commit}, same machine: a unified worker with the 30m model on one core, up to 2,048 prompt
+tokens a step. Four answers stream all the time; beside them come prompts of 2,000 tokens, one after another, and
+prompts of 64, one every 0.4 s. With a target (`--target-itl-ms`) the worker chooses the chunk of prompt in each step
+from the step times that it measured; without one a step takes what the limit allows. Milliseconds.
+
+{table}
+
+A chunk is never less than 16 tokens, so that prompts always move on: that is where a target ends to bind.
+"""
+
 _COLOURS = {"kvbaton": "#0b7285", "vllm": "#f08c00", "transformers": "#868e96"}
 
 
@@ -72,6 +85,17 @@ def engine_table(result: dict[str, Any]) -> list[str]:
         limit = cell(rows, case, metric, "roofline")
         share = f"{100 * advantage(metric, ours, limit):.0f} %" if limit else "–"
         lines.append("| " + " | ".join([case, f"{metric}, {unit}", *shown, *ratios, share]) + " |")
+    return lines
+
+
+def chunk_table(result: dict[str, Any]) -> list[str]:
+    """Markdown lines: one row for each case, one column for each metric."""
+    rows = result["rows"]
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    lines = ["| | " + " | ".join(metrics) + " |", "|---|" + "--:|" * len(metrics)]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        values = [_number(cell(rows, case, metric, "kvbaton")) for metric in metrics]
+        lines.append(f"| {case} | " + " | ".join(values) + " |")
     return lines
 
 
@@ -114,11 +138,12 @@ def chart(result: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def page(result: dict[str, Any]) -> str:
+def page(result: dict[str, Any], chunks: dict[str, Any]) -> str:
     """The whole page."""
     header = result["header"]
     giga = {name: header[f"{name}_rate"] / 1e9 for name in ("read", "copy", "gemm")}
-    return PAGE.format(**header, **giga, table="\n".join(engine_table(result)))
+    engine = PAGE.format(**header, **giga, table="\n".join(engine_table(result)))
+    return engine + CHUNKS.format(**chunks["header"], table="\n".join(chunk_table(chunks)))
 
 
 def _cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -133,8 +158,9 @@ def _number(value: float | None) -> str:
 
 def main() -> None:
     """Read the results, write the page and the chart."""
-    result = json.loads((ROOT / "build" / "bench" / "engine.json").read_text())
-    (ROOT / "docs" / "benchmarks.md").write_text(page(result))
+    folder = ROOT / "build" / "bench"
+    result, chunks = (json.loads((folder / f"{name}.json").read_text()) for name in ("engine", "chunks"))
+    (ROOT / "docs" / "benchmarks.md").write_text(page(result, chunks))
     (ROOT / "docs" / "benchmarks-engine.svg").write_text(chart(result))
     sys.stdout.write("\n".join(engine_table(result)) + "\n")
 
