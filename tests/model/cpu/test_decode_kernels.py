@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from kvbaton.model.cpu import decode_dot_kernel, decode_kernel
-from kvbaton.model.cpu.numeric import as_array
-from kvbaton.model.cpu.product_kernel import has_bfloat16_unit
+from kvbaton.model.cpu.numeric import as_array, has_bfloat16_unit
 
 BLOCK = 8
 NONE = np.empty(0, np.float32)
