@@ -50,10 +50,10 @@ def test_a_row_does_not_depend_on_how_many_there_are() -> None:
 
 
 def test_nan_stays_in_its_row() -> None:
-    weight, inputs = random(65, 34, seed=1), random(9, 34, seed=2)
+    packed, inputs = pack(random(65, 34, seed=1)), random(9, 34, seed=2)
     inputs[4, 3] = float("nan")
     result = torch.empty(9, 65, dtype=torch.bfloat16)
-    multiply(inputs.data_ptr(), 9, 34, pack(weight).data_ptr(), np.empty(0, np.float32), 65, result.data_ptr())
+    multiply(inputs.data_ptr(), 9, 34, packed.data_ptr(), np.empty(0, np.float32), 65, result.data_ptr())
     assert result[4].isnan().all()
     assert result[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
 
