@@ -146,7 +146,9 @@ class Scheduler:
         request = _begin(new, next(self._arrivals), now)
         needed = self.pool.blocks_for(request.max_kv_tokens)
         if needed > self.pool.num_blocks:
-            raise OverloadedError(f"the request needs {needed} KV blocks, the whole pool has {self.pool.num_blocks}")
+            fields = "prompt" if request.route is Route.HAND_OFF else "prompt and max_tokens"
+            need = f"{fields}: {request.max_kv_tokens} tokens need {needed} KV blocks"
+            raise OverloadedError(f"{need}, the whole pool has {self.pool.num_blocks}")
         if len(self._waiting) >= self.limits.max_waiting:
             raise OverloadedError(f"{len(self._waiting)} requests are waiting already")
         self._requests[request.request_id] = request
