@@ -11,13 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch.nn import functional
 
-from kvbaton.model.cpu.linear import EXPECTED_ROWS, can_pack
+from kvbaton.model.cpu.linear import EXPECTED_ROWS, PackedLinear, can_pack
 from kvbaton.model.cpu.numeric import has_bfloat16_unit
-from kvbaton.model.cpu.product_kernel import multiply, pack
 
 SHAPES = [(4096, 1024), (1024, 3072), (32000, 1024), (1024, 512)]
 """Outputs and inputs."""
@@ -30,16 +28,9 @@ Product = Callable[[torch.Tensor], object]
 
 
 def own(weight: torch.Tensor) -> Product:
-    """The project's kernel."""
-    outputs, width = weight.shape
-    packed, none = pack(weight), np.empty(0, np.float32)
-
-    def product(rows: torch.Tensor) -> torch.Tensor:
-        result = rows.new_empty(len(rows), outputs)
-        multiply(rows.data_ptr(), len(rows), width, packed.data_ptr(), none, outputs, result.data_ptr())
-        return result
-
-    return product
+    """The project's kernel, as it is served where there is a unit."""
+    layer = PackedLinear(weight, None)
+    return layer.forward
 
 
 def onednn(weight: torch.Tensor) -> Product:

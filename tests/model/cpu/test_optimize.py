@@ -177,19 +177,6 @@ def test_models_that_scale_their_logits_keep_their_own_loop(tmp_path: Path) -> N
 
 
 @packs
-def test_which_rows_the_loop_computes(tmp_path: Path) -> None:
-    model, attention = loaded("llama", tmp_path, torch.bfloat16)
-    optimize(model, attention)
-    loop, positions = compiled_decoder(model), torch.arange(TOKENS.shape[1])[None]
-    assert loop is not None
-    with torch.inference_mode():
-        every = loop(TOKENS, positions, torch.arange(TOKENS.shape[1])).float()
-        for rows in ([], [6], [5, 0, 0, 3]):
-            some = loop(TOKENS, positions, torch.tensor(rows, dtype=torch.long)).float()
-            torch.testing.assert_close(some, every[rows], rtol=0.01, atol=0.01)
-
-
-@packs
 def test_weights_are_never_in_memory_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, attention = loaded("gemma3", tmp_path, torch.bfloat16)
     first, alive = weakref.ref(model.model.layers[0].mlp), []
