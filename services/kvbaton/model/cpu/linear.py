@@ -1,6 +1,6 @@
 """Linear layers in bfloat16 whose weights were put, once at load, into the order in which they are read.
 
-On one core with a bfloat16 unit by the project's own kernel, which was measured 1.2 to 1.9 times as fast as oneDNN's at
+On one core with a bfloat16 unit by the project's own kernel, which was measured 1.3 to 1.7 times as fast as oneDNN's at
 1 to 8 rows and alike at more (docs/adr/0011); elsewhere by oneDNN's.
 """
 
