@@ -25,10 +25,11 @@ import transformers
 
 from kvbaton.engine.core import Engine
 from kvbaton.engine.geometry import KvGeometry
+from kvbaton.engine.new_request import NewRequest
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Phase, Request, Route
 from kvbaton.engine.sampling import SamplingParams
-from kvbaton.engine.scheduler import Limits, NewRequest, Scheduler
+from kvbaton.engine.scheduler import Limits, Scheduler
 from kvbaton.model.cuda.kernel import PAGE_MULTIPLE
 from kvbaton.model.loader import LoadedModel, load_model
 from kvbaton.model.runner import ModelRunner

@@ -9,10 +9,11 @@ import time
 import torch
 
 from kvbaton.engine.core import Engine
+from kvbaton.engine.new_request import NewRequest
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Route
 from kvbaton.engine.sampling import SamplingParams
-from kvbaton.engine.scheduler import Limits, NewRequest, Scheduler
+from kvbaton.engine.scheduler import Limits, Scheduler
 from kvbaton.model.loader import load_model
 from kvbaton.model.runner import ModelRunner
 from kvbaton.model.store import TorchKvStore

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbaton.engine.errors import InvalidArgumentError
+from kvbaton.engine.new_request import NewRequest
 from kvbaton.engine.request import Phase, Request, Route
 from kvbaton.engine.sampling import FinishReason
-from kvbaton.engine.scheduler import NewRequest, Scheduler
+from kvbaton.engine.scheduler import Scheduler
 from support.requests import new_request
 from support.scheduling import BLOCK, NEVER_EOS, add, ended, names, output, params, scheduler, step, work
 

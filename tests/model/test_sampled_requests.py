@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from kvbaton.engine.errors import NotANumberError
+from kvbaton.engine.new_request import NewRequest
 from kvbaton.engine.sampling import SamplingParams
-from kvbaton.engine.scheduler import NewRequest
 from kvbaton.model import sampler
 from support import tiny_models
 from support.requests import new_request

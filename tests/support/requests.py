@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from kvbaton.engine.new_request import NewRequest
 from kvbaton.engine.request import Route
 from kvbaton.engine.sampling import SamplingParams
-from kvbaton.engine.scheduler import NewRequest
 
 
 def new_request(

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from kvbaton.engine.core import Engine
+from kvbaton.engine.new_request import NewRequest
 from kvbaton.engine.output import TokenLogprobs
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Phase, Request
-from kvbaton.engine.scheduler import Limits, NewRequest, Scheduler
+from kvbaton.engine.scheduler import Limits, Scheduler
 from kvbaton.model.loader import load_model
 from kvbaton.model.runner import ModelRunner
 from kvbaton.model.store import TorchKvStore

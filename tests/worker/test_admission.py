@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from kvbaton.engine.errors import InvalidArgumentError, OverloadedError
+from kvbaton.engine.new_request import NewRequest
 from kvbaton.engine.request import Route
 from kvbaton.engine.sampling import StructuredOutput
-from kvbaton.engine.scheduler import NewRequest
 from kvbaton.engine.tokens import pack_token_ids
 from kvbaton.grammar.compiler import GrammarCompiler
 from kvbaton.text.tokenizer import Tokenizer

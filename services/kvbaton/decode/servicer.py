@@ -11,8 +11,8 @@ import functools
 import grpc
 
 from kvbaton.engine.errors import PreemptedError
+from kvbaton.engine.new_request import NewRequest
 from kvbaton.engine.request import Request, Route
-from kvbaton.engine.scheduler import NewRequest
 from kvbaton.handoff.clock import wall_seconds
 from kvbaton.handoff.receiver import Reservation, TicketBook
 from kvbaton.rpc import telemetry

@@ -24,12 +24,15 @@ class SampledToken:
     """The choice for one slice that samples."""
 
     token_id: int
-    """NOT_A_NUMBER when the logits had no answer."""
+    """NOT_A_NUMBER or NO_TOKEN when there is none."""
     logprobs: TokenLogprobs | None = None
 
 
 NOT_A_NUMBER = -1
 """Stands for a token where logits were not numbers: that request ends, and no other."""
+
+NO_TOKEN = -2
+"""Stands for a token where all were masked: what the request asks for excludes itself, and it ends."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvbaton.engine import chunking, prefix
+from kvbaton.engine import chunking, new_request, prefix
 from kvbaton.engine.budget import ChunkBudget, StepShape
-from kvbaton.engine.constraint import Constraint
 from kvbaton.engine.counters import Counts, EngineCounters
 from kvbaton.engine.errors import (
     InvalidArgumentError,
@@ -26,12 +25,12 @@ from kvbaton.engine.errors import (
     PreemptedError,
     UnavailableError,
 )
-from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput
+from kvbaton.engine.new_request import NewRequest
+from kvbaton.engine.output import NO_TOKEN, SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.ranked import RankedRequests
-from kvbaton.engine.request import Milestones, Phase, Request, Route
+from kvbaton.engine.request import Phase, Request, Route
 from kvbaton.engine.result import StepResult, TokenSampled
-from kvbaton.engine.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,24 +54,6 @@ class Limits:
         if route is not Route.HAND_OFF and not self.max_decode_seqs:
             return kind("this worker does not decode at present")
         return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewRequest:
-    """What a worker is asked to do."""
-
-    request_id: str
-    prompt: Sequence[int]
-    sampling: SamplingParams
-    route: Route
-    output: Sequence[int] = ()
-    """Tokens that were generated before: the request goes on after them."""
-    priority: int = 0
-    """Smaller is served first."""
-    cache_salt: str = ""
-    """Requests share KV with those of the same salt only."""
-    constraint: Constraint | None = None
-    """What the answer must look like; it has accepted `output` already."""
 
 
 # The two that follow are made by the hundred in every step: frozen ones would cost several times as much.
@@ -147,10 +128,10 @@ class Scheduler:
         """
         if new.request_id in self._requests:
             raise InvalidArgumentError("request_id", f"{new.request_id!r} is already running here")
-        _check(new, self.max_model_len)
+        new_request.check(new, self.max_model_len)
         if (refusal := self.limits.refusal(new.route)) is not None:
             raise refusal
-        request = _begin(new, next(self._arrivals), now)
+        request = new_request.begin(new, next(self._arrivals), now)
         needed = self.pool.blocks_for(request.max_kv_tokens)
         if needed > self.pool.num_blocks:
             fields = "prompt" if request.route is Route.HAND_OFF else "prompt and max_tokens"
@@ -261,8 +242,8 @@ class Scheduler:
         for piece in batch.slices:
             request = piece.request
             token = next(sampled) if piece.samples else None
-            if token is not None and token.token_id == NOT_A_NUMBER:
-                self._not_a_number(request, result, now)
+            if token is not None and token.token_id < 0:
+                self._no_token(request, token.token_id, result, now)
                 continue
             request.num_computed += piece.num_tokens
             prefix.register(self.pool, request)
@@ -350,12 +331,18 @@ class Scheduler:
             self._decoding.add(request)
         result.sampled.append(TokenSampled(request, len(request.output) - 1, token.token_id, reason, token.logprobs))
 
-    def _not_a_number(self, request: Request, result: StepResult, now: float) -> None:
-        # What made these logits may be in any of its blocks, and must not reach others by the cache.
-        self.pool.forget(request.blocks)
-        self.counters.requests_not_a_number += 1
+    def _no_token(self, request: Request, kind: int, result: StepResult, now: float) -> None:
+        error: Exception
+        field = request.sampling.mask_field
+        if kind == NO_TOKEN and field:
+            error = InvalidArgumentError(field, f"nothing is left that token {len(request.output)} could be")
+        else:
+            # What made these logits may be in any of its blocks, and must not reach others by the cache.
+            self.pool.forget(request.blocks)
+            self.counters.requests_not_a_number += 1
+            error = NotANumberError(f"the logits of token {len(request.output)} are not numbers")
         self.fail(request, now)
-        result.failed.append((request, NotANumberError(f"the logits of token {len(request.output)} are not numbers")))
+        result.failed.append((request, error))
 
     def _finish(self, request: Request, now: float) -> None:
         if request.phase is Phase.WAITING:
@@ -369,32 +356,3 @@ class Scheduler:
         request.blocks = []
         request.milestones.finished = now
         request.move_to(Phase.FINISHED)
-
-
-def _check(new: NewRequest, max_model_len: int) -> None:
-    """Raises InvalidArgumentError for what no worker with this context could do."""
-    max_tokens = new.sampling.max_tokens
-    if not new.prompt:
-        raise InvalidArgumentError("prompt", "is empty")
-    if len(new.prompt) + max_tokens > max_model_len:
-        total = f"{len(new.prompt)} tokens and max_tokens {max_tokens}"
-        raise InvalidArgumentError("prompt", f"{total} exceed the context of {max_model_len}")
-    if len(new.output) >= max_tokens:
-        problem = f"{len(new.output)} tokens leave nothing of max_tokens {max_tokens}"
-        raise InvalidArgumentError("output_token_ids", problem)
-
-
-def _begin(new: NewRequest, arrival: int, now: float) -> Request:
-    return Request(
-        new.request_id,
-        new.prompt,
-        new.sampling,
-        new.route,
-        Milestones(arrived=now),
-        output=list(new.output),
-        num_resumed=len(new.output),
-        priority=new.priority,
-        arrival=arrival,
-        cache_salt=new.cache_salt,
-        constraint=new.constraint,
-    )

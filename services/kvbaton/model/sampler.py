@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvbaton.engine.output import NOT_A_NUMBER, SampledToken
+from kvbaton.engine.output import NO_TOKEN, NOT_A_NUMBER, SampledToken
 from kvbaton.model.logits_processing import process_logits
 from kvbaton.model.logprobs import token_logprobs
 from kvbaton.model.noise import gumbel_noise, signed
@@ -28,7 +28,8 @@ _CPU_CHUNK, _GPU_CHUNK = 2**16, 2**24
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], eos_token_ids: frozenset[int]) -> list[SampledToken]:
     """One token for each row of `logits` [n, vocab], which are not changed.
 
-    A row whose largest logit, after the masks, is not finite has no answer: its token is NOT_A_NUMBER.
+    A row whose largest logit, after the masks, is not finite has no answer: its token is NO_TOKEN where all are masked,
+    and NOT_A_NUMBER otherwise.
     """
     device = logits.device
     asking = [n for n, row in enumerate(rows) if row.constraint is not None or not row.params.is_plain]
@@ -54,14 +55,15 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], eos_token_ids: fro
 
 
 def _reports(row: SamplingRow, token: SampledToken) -> bool:
-    return row.params.logprobs is not None and token.token_id != NOT_A_NUMBER
+    return row.params.logprobs is not None and token.token_id >= 0
 
 
 def most_likely(logits: torch.Tensor) -> torch.Tensor:
-    """The largest logit's token of each row [n], the lowest of equal ones; NOT_A_NUMBER where it is not finite."""
+    """The largest logit's token of each row [n], the lowest of equal ones; see `sample` where it is not finite."""
     chosen = _argmax(logits)
-    finite = logits.gather(-1, chosen[:, None])[:, 0].isfinite()
-    return chosen.masked_fill_(finite.logical_not_(), NOT_A_NUMBER)
+    largest = logits.gather(-1, chosen[:, None])[:, 0]
+    chosen.masked_fill_(largest.isfinite().logical_not_(), NOT_A_NUMBER)
+    return chosen.masked_fill_(largest.isneginf(), NO_TOKEN)
 
 
 def _argmax(values: torch.Tensor) -> torch.Tensor:
@@ -85,7 +87,7 @@ def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
             index = to_device(members, torch.int64, scores.device)
             drawn = draw(scores.index_select(0, index), [rows[n] for n in members])
             best = chosen.index_select(0, index)
-            chosen.index_copy_(0, index, torch.where(best == NOT_A_NUMBER, best, drawn))
+            chosen.index_copy_(0, index, torch.where(best < 0, best, drawn))
     return chosen
 
 

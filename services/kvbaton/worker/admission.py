@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kvbaton.engine.constraint import Constraint
 from kvbaton.engine.errors import InvalidArgumentError, OverloadedError
+from kvbaton.engine.new_request import NewRequest
 from kvbaton.engine.request import Route
 from kvbaton.engine.sampling import StructuredOutput, check_token_ids_in_vocabulary
-from kvbaton.engine.scheduler import NewRequest
 from kvbaton.engine.tokens import check_token_ids, unpack_token_ids
 from kvbaton.grammar.compiler import GrammarCompiler
 from kvbaton.rpc.sampling import complete_sampling_from_proto

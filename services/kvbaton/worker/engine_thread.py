@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from kvbaton.engine.core import Engine
 from kvbaton.engine.counters import Counts, EngineCounters
 from kvbaton.engine.errors import KvbatonError, OverloadedError, PreemptedError
+from kvbaton.engine.new_request import NewRequest
 from kvbaton.engine.output import TokenLogprobs
 from kvbaton.engine.request import Request
 from kvbaton.engine.result import StepResult, TokenSampled
-from kvbaton.engine.scheduler import Limits, NewRequest
+from kvbaton.engine.scheduler import Limits
 from kvbaton.handoff.clock import wall_seconds
 
 logger = logging.getLogger(__name__)

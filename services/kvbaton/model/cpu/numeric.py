@@ -4,8 +4,10 @@ Numba has no bfloat16, and needs none: widening is a shift, narrowing a rounding
 bfloat16 and `float32` for float32, and `load` and `store` know which.
 """
 
+import fcntl
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,8 @@ from numba import njit, types
 from numba.core import config as _config
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic as _numba_intrinsic
+
+logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -64,9 +68,33 @@ def _compiled(function: F, **options: Any) -> F:
     config: Any = _config
     own, config.CACHE_DIR = config.CACHE_DIR, str(_FOLDER or "")
     try:
-        return cast(F, njit(cache=_FOLDER is not None, nogil=True, error_model="numpy", **options)(function))
+        dispatcher = njit(cache=_FOLDER is not None, nogil=True, error_model="numpy", **options)(function)
     finally:
         config.CACHE_DIR = own
+    if _FOLDER is not None:
+        _save_alone(dispatcher, _FOLDER / "lock")
+    return cast(F, dispatcher)
+
+
+def _save_alone(dispatcher: Any, lock: Path) -> None:
+    """Let one process at a time add to a kernel's cache.
+
+    Numba reads the index, chooses the next file name, and writes both: two processes that start together could give one
+    name to two kernels, and one of them would be found under the other's types for ever after.
+    """
+    cache = dispatcher._cache
+    save = cache.save_overload
+
+    def save_alone(signature: Any, data: Any) -> None:
+        try:
+            with lock.open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                save(signature, data)
+        except OSError as error:
+            # A full disk: it is compiled again at the next start.
+            logger.warning("a compiled kernel cannot be kept in %s: %s", lock.parent, error)
+
+    cache.save_overload = save_alone
 
 
 def inlined(function: F) -> F:
