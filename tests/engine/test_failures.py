@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from kvbaton.engine.errors import NotANumberError
-from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput, TokenLogprobs
+from kvbaton.engine.errors import InvalidArgumentError, NotANumberError
+from kvbaton.engine.output import NOT_A_NUMBER, NOTHING_ALLOWED, SampledToken, StepOutput, TokenLogprobs
 from kvbaton.engine.request import Phase, Route
 from support.requests import new_request
 from support.scheduling import EOS, NEVER_EOS, add, ended, output, params, scheduler, step
@@ -43,6 +43,22 @@ def test_logits_that_are_not_numbers_end_that_request_alone(route: Route) -> Non
     assert bad.output == []
     assert bad.phase is (Phase.HANDING_OFF if route is Route.HAND_OFF else Phase.FINISHED)
     assert of.counters.requests_not_a_number == 1
+    of.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("constraint", "field"), [(None, "allowed_token_ids"), (NoNines(), "structured_output")], ids=str
+)
+def test_a_request_that_allows_nothing_is_the_callers_mistake(constraint: NoNines | None, field: str) -> None:
+    of = scheduler()
+    of.add(new_request("bad", [11], params(4), constraint=constraint), 0.0)
+    of.admit(0.0)
+    ((failed, error),) = of.commit(of.schedule(0.0), output(NOTHING_ALLOWED), 0.0).failed
+    assert isinstance(error, InvalidArgumentError)
+    assert str(error) == f"{field}: nothing is left that may be token 0 of the answer"
+    assert ended(failed)
+    assert failed.output == []
+    assert of.counters.requests_not_a_number == 0
     of.check_integrity()
 
 

@@ -19,8 +19,8 @@ from kvbaton.engine import chunking, prefix
 from kvbaton.engine.budget import ChunkBudget, StepShape
 from kvbaton.engine.constraint import Constraint
 from kvbaton.engine.counters import Counts, EngineCounters
-from kvbaton.engine.errors import InvalidArgumentError, NotANumberError, OverloadedError, UnavailableError
-from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput
+from kvbaton.engine.errors import InvalidArgumentError, OverloadedError, UnavailableError
+from kvbaton.engine.output import NOT_A_NUMBER, NOTHING_ALLOWED, SampledToken, StepOutput, no_token_error
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.ranked import RankedRequests
 from kvbaton.engine.request import Milestones, Phase, Request, Route
@@ -252,8 +252,8 @@ class Scheduler:
         for piece in batch.slices:
             request = piece.request
             token = next(sampled) if piece.samples else None
-            if token is not None and token.token_id == NOT_A_NUMBER:
-                self._not_a_number(request, result, now)
+            if token is not None and token.token_id in (NOT_A_NUMBER, NOTHING_ALLOWED):
+                self._no_token(request, token.token_id, result, now)
                 continue
             request.num_computed += piece.num_tokens
             prefix.register(self.pool, request)
@@ -343,13 +343,13 @@ class Scheduler:
         index = len(request.output) - 1
         result.sampled.append(TokenSampled(request, index, token.token_id, reason, token.logprobs))
 
-    def _not_a_number(self, request: Request, result: StepResult, now: float) -> None:
-        # What made these logits may be in any of its blocks, and must not reach others by the cache.
-        self.pool.forget(request.blocks)
-        self.counters.requests_not_a_number += 1
-        error = NotANumberError(f"the logits of token {len(request.output)} are not numbers")
+    def _no_token(self, request: Request, why: int, result: StepResult, now: float) -> None:
+        if why == NOT_A_NUMBER:
+            # What made these logits may be in any of its blocks, and must not reach others by the cache.
+            self.pool.forget(request.blocks)
+            self.counters.requests_not_a_number += 1
         self.fail(request, now)
-        result.failed.append((request, error))
+        result.failed.append((request, no_token_error(why, len(request.output), request.constraint is not None)))
 
     def _finish(self, request: Request, now: float) -> None:
         if request.phase is Phase.WAITING:
