@@ -7,6 +7,7 @@ import torch
 
 from kvbaton.engine.geometry import KvGeometry
 from kvbaton.engine.kv_store import Buffer
+from kvbaton.model.cpu.allocator import LargePages
 from kvbaton.model.cuda.copies import KvCopies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -24,7 +25,7 @@ class TorchKvStore:
     """
 
     def __init__(self, geometry: KvGeometry, num_blocks: int, block_size: int, device: torch.device) -> None:
-        """Allocates the whole pool on `device`. Raises RuntimeError (torch's) when it does not fit."""
+        """Allocates the whole pool on `device`. Raises RuntimeError when it does not fit."""
         self._geometry = geometry
         self.block_size = block_size
         dtype = DTYPES[geometry.dtype]
@@ -33,10 +34,12 @@ class TorchKvStore:
         shape = (num_blocks + (device.type == "cuda"), block_size)
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        pages = LargePages()
         for layer in geometry.layers:
-            heads = layer.num_kv_heads
-            self.keys.append(torch.empty(*shape, heads, layer.k_head_dim, dtype=dtype, device=device))
-            self.values.append(torch.empty(*shape, heads, layer.v_head_dim, dtype=dtype, device=device))
+            for tensors, dim in ((self.keys, layer.k_head_dim), (self.values, layer.v_head_dim)):
+                whole = (*shape, layer.num_kv_heads, dim)
+                on_cpu = device.type == "cpu"
+                tensors.append(pages.empty(whole, dtype) if on_cpu else torch.empty(whole, dtype=dtype, device=device))
         torch_bits, self._numpy_bits = _BITS[geometry.dtype]
         # [tokens, elements]: what a token has in a layer, as integers, K and V apart.
         self._rows = [

@@ -23,7 +23,7 @@ def test_float32_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 8, 33])
+@pytest.mark.parametrize("rows", [0, 1, 8, 33])
 def test_one_layer(bias: bool, rows: int) -> None:
     layer, x = linear(40, bias, 1), torch.randn(rows, 96).bfloat16()
     packed = PackedLinear.of([layer])

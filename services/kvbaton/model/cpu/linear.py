@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from kvbaton.model.cpu import product_kernel
+from kvbaton.model.cpu.allocator import LargePages
 
 _onednn = torch.ops.mkldnn._linear_pointwise.default
+
+_PAGES = LargePages()
 
 EXPECTED_ROWS = 8
 """Rows that oneDNN's layout is chosen for: a decode batch. Larger ones run as fast from it."""
@@ -39,7 +42,7 @@ class PackedLinear(nn.Module):
         # The kernel knows one core; oneDNN divides its work among threads.
         self._own = product_kernel.has_bfloat16_unit() and torch.get_num_threads() == 1 and self.in_features % 2 == 0
         if self._own:
-            self._packed = product_kernel.pack(weight.detach())
+            self._packed = _PAGES.copy(product_kernel.pack(weight.detach()))
             self._bias = np.empty(0, np.float32) if bias is None else bias.detach().float().numpy()
         else:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), EXPECTED_ROWS)

@@ -199,7 +199,8 @@ def multiply(inputs: int, rows: int, width: int, weights: int, bias: Any, output
     """
     pairs, row_bytes = width // 2, width * 2
     output = _array_at(_pointer(result), (rows, outputs), np.uint16)
-    height = min(rows, max(_TILE_ROWS, min(_BLOCK_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS)))
+    most = max(_TILE_ROWS, min(_BLOCK_ROWS, _BLOCK_BYTES // row_bytes // _TILE_ROWS * _TILE_ROWS))
+    height = max(1, min(rows, most))
     sums = np.empty((height, PANEL), np.float32)
     for top in range(0, rows, height):
         block = min(height, rows - top)

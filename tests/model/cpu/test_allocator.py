@@ -1,0 +1,48 @@
+"""Tensors in large pages are ordinary ones that share nothing."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from kvbaton.model.cpu.allocator import LargePages
+
+
+def test_tensors_do_not_overlap() -> None:
+    pages = LargePages()
+    shapes = [(3,), (5, 7), (1024, 1024), (0,), (9 << 20,), (2, 3, 4)]
+    tensors = [pages.empty(shape, torch.float32) for shape in shapes]
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    for number, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        assert tensor.shape == shape
+        assert tensor.is_contiguous()
+        assert bool((tensor == number).all())
+        assert tensor.data_ptr() % 64 == 0 or not tensor.numel()
+
+
+def test_a_copy_is_contiguous() -> None:
+    source = torch.arange(12.0).view(3, 4).T
+    copy = LargePages().copy(source)
+    assert torch.equal(copy, source)
+    assert copy.is_contiguous()
+    copy[0, 0] = 7
+    assert source[0, 0] == 0
+
+
+def test_memory_goes_with_its_last_tensor() -> None:
+    pages = LargePages()
+    first, second = pages.empty((16 << 20,), torch.uint8), pages.empty((4 << 20,), torch.uint8)
+    storage = weakref.ref(first.untyped_storage())
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    del first
+    second.fill_(1)
+    del second, pages
+    gc.collect()
+    assert storage() is None
+
+
+def test_more_than_there_is() -> None:
+    with pytest.raises(RuntimeError, match="bytes of memory cannot be had"):
+        LargePages().empty((1 << 60,), torch.uint8)
