@@ -148,7 +148,7 @@ async def test_logprobs_are_for_scripts() -> None:
 
 async def test_a_prompt_comes_from_standard_input() -> None:
     async with terminal() as shell:
-        await shell.run("--raw", "-", stdin="two\nlines")
+        await shell.run("--raw", "-", stdin="two\nlines\n")
     assert shell.router.requests[0].prompt.text == "two\nlines"
 
 

@@ -24,11 +24,11 @@ def given_options(options: Mapping[str, Any], as_json: bool) -> dict[str, Any]:
 
 
 def read_prompt(words: Sequence[str], stdin: TextIO) -> str:
-    """The prompt in words, or from standard input where it is "-". Raises click.UsageError."""
+    """The prompt in words; where it is "-", standard input less the end of its last line. Raises click.UsageError."""
     if tuple(words) != ("-",):
         return " ".join(words)
     try:
-        return stdin.read()
+        return stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise click.UsageError(f"standard input is no text: {error}") from error
 
