@@ -113,7 +113,8 @@ async def test_a_request_larger_than_the_pool_is_refused_at_once() -> None:
     async with working() as worker:
         error = await refusal(worker.decode([5] * 30))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "needs 9 KV blocks, the whole pool has 8" in (error.details() or "")
+        problem = "prompt and max_tokens: 33 tokens need 9 KV blocks, the whole pool has 8"
+        assert error.details() == problem
 
 
 async def test_a_cancel_while_waiting_leaves_the_line() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from kvbaton.client import AsyncClient, InvalidArgumentError
+from kvbaton.client import AsyncClient, InvalidArgumentError, OverloadedError
 from kvbaton.text.bundled import DEFAULT_MODEL, resolve_model
 from kvbaton.v1 import inference_pb2 as pb
 from support import tiny_models
@@ -130,3 +130,13 @@ async def test_a_prompt_that_is_missing_or_torn(running: Cluster) -> None:
                     pass
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert (caught.value.details() or "").startswith(field)
+
+
+@pytest.mark.parametrize(("small", "field"), [("prefill", "prompt"), ("decode", "prompt and max_tokens")])
+async def test_what_no_pool_can_hold_is_refused_at_once(folder: Path, small: str, field: str) -> None:
+    # Eight blocks of 8 tokens.
+    options: dict[str, Any] = {small: {"kv_memory": "24KiB"}}
+    async with cluster(folder, **options) as services, AsyncClient(services.router) as client:
+        with pytest.raises(OverloadedError, match=rf"{field}: \d+ tokens need \d+ KV blocks, the whole pool has 8"):
+            await client.generate([5] * 70, max_tokens=20, timeout=10).result()
+        await services.assert_idle()

@@ -10,7 +10,7 @@ from kvbaton.cli.deployment import UpConfig, deployed
 from kvbaton.cli.limits import run_limits
 from kvbaton.client import AsyncClient, GenerationResult, UnavailableError
 from support import tiny_models
-from support.cluster import assert_idle, mixed_cluster, worker_status
+from support.cluster import assert_idle, mixed_cluster, wait_for_status, worker_status
 
 MAX_TOKENS = 12
 PROMPTS = tiny_models.random_prompts([1, 7, 8, 9, 53, 61])
@@ -94,3 +94,17 @@ async def test_its_role_changes_while_it_runs(folder: Path) -> None:
         await set_limits(max_decode_seqs=8)
         await until_served_by((services.unified, services.unified))
         await services.assert_idle()
+
+
+async def test_what_it_answers_goes_on_elsewhere_when_it_decodes_no_more(folder: Path) -> None:
+    options = {**OPTIONS, "max_tokens": 150}
+    async with mixed_cluster(folder, prefill={}, decode={}, unified={}) as services:
+        async with AsyncClient(services.router) as client, asyncio.TaskGroup() as group:
+            asked = [group.create_task(client.generate(prompt, **options).result()) for prompt in PROMPTS]
+            await wait_for_status(services.unified, lambda status: status.queues.num_decoding >= 2)
+            assert await run_limits(services.unified, {"max_decode_seqs": 0}, as_json=True) == 0
+        await services.assert_idle()
+    results = [task.result() for task in asked]
+    expected = tiny_models.reference_greedy(folder, PROMPTS, 150, ignore_eos=True)
+    assert [list(result.token_ids) for result in results] == expected
+    assert sum(result.num_resumes > 0 for result in results) >= 2

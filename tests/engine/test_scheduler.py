@@ -222,7 +222,7 @@ REFUSALS: dict[str, tuple[Callable[[Scheduler], object], type[Exception], str]] 
     "pool": (
         lambda of: add(of, "b", num_prompt=30, max_tokens=4),
         OverloadedError,
-        "needs 9 KV blocks, the whole pool has 8",
+        "prompt and max_tokens: 33 tokens need 9 KV blocks, the whole pool has 8",
     ),
     "queue": (
         lambda of: [add(of, name) for name in ("b", "c")],

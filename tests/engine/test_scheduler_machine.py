@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvbaton.engine.errors import OverloadedError, UnavailableError
+from kvbaton.engine.errors import OverloadedError, PreemptedError, UnavailableError
 from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Phase, Request, Route
@@ -115,7 +115,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             new = new_request(str(len(self.asked)), prompt, sampling, wish.route, **more)
             try:
                 request = self.scheduler.add(new, self.now)
-            except UnavailableError:
+            except (UnavailableError, PreemptedError):
                 assert self.scheduler.limits.refusal(wish.route) is not None
             except OverloadedError:
                 line_is_full = len(self._in(Phase.WAITING)) >= self.scheduler.limits.max_waiting
@@ -135,7 +135,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         new = new_request(before.request_id, asked.prompt, asked.sampling, before.route, **more)
         try:
             asked.request = self.scheduler.add(new, self.now)
-        except (OverloadedError, UnavailableError):
+        except (OverloadedError, PreemptedError):
             limits = self.scheduler.limits
             assert limits.refusal(before.route) or len(self._in(Phase.WAITING)) >= limits.max_waiting
             self.handed_back.append(asked)

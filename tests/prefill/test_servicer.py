@@ -185,6 +185,7 @@ async def test_a_prompt_larger_than_the_pool_is_refused() -> None:
         request.prompt_token_ids = pack_token_ids([5] * 40)
         error = await refusal(worker.call(request))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert error.details() == "prompt: 40 tokens need 10 KV blocks, the whole pool has 8"
         await worker.assert_free()
 
 

@@ -75,6 +75,15 @@ async def test_a_worker_that_serves_both_legs_hands_back_too() -> None:
         ]
 
 
+async def test_a_request_may_be_handed_back_before_it_is_admitted() -> None:
+    decode = in_turn(writes(PREEMPTED), writes(ADMITTED, more(1, 11, finish=STOP), DECODED))
+    async with routed(writes(first(), FILLED), decode) as route:
+        await route.run()
+        answer = route.dispatch.first
+        assert (route.tokens(), answer.num_resumes, answer.cached_tokens) == ([10, 11], 1, 3)
+        assert len(route.prefill.requests) == 1, "no prompt is computed without a place for its KV"
+
+
 async def test_the_prompts_logprobs_come_once() -> None:
     told = decode_pb2.DecodeResponse(prompt_logprobs=logprobs(6, 7))
     decode = in_turn(

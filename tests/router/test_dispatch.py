@@ -25,7 +25,6 @@ from support.routes import (
     DECODED,
     FILLED,
     LENGTH,
-    PREEMPTED,
     STOP,
     TICKET,
     fails,
@@ -178,7 +177,6 @@ async def test_a_decode_error_after_the_first_token_ends_the_prefill_leg() -> No
         ),
         (writes(first(), FILLED), writes(ADMITTED, ADMITTED, then=forever), "sent admitted where it may not"),
         (writes(first(), FILLED), writes(more(1, 11), then=forever), "sent tokens where it may not"),
-        (writes(first(), FILLED), writes(PREEMPTED), "sent preempted where it may not"),
         (writes(first(), FILLED), writes(DECODED), "sent finished where it may not"),
     ],
 )

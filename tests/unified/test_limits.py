@@ -2,14 +2,12 @@
 
 import asyncio
 
-import grpc
-
 from kvbaton.rpc.serving import channel
 from kvbaton.v1 import worker_pb2 as pb
 from kvbaton.v1.worker_pb2_grpc import WorkerServiceStub
 from support import tiny_models
 from support.cluster import wait_for_status, worker_status
-from support.legs import Ask, answer_locally, hand_over, refusal_of
+from support.legs import Ask, answer_locally, hand_over
 
 from .conftest import Unified
 
@@ -39,7 +37,7 @@ async def test_prefill_only_and_back_while_requests_run(unified: Unified) -> Non
         resumed = Ask(prompt=PROMPT, output=before.token_ids, sampling={"max_tokens": MAX_TOKENS})
         after = await hand_over(worker, other, resumed)
         handed = await hand_over(worker, other, Ask(prompt=OTHER))
-        assert (await refusal_of(worker, Ask(prompt=OTHER))).code() is grpc.StatusCode.UNAVAILABLE
+        assert (await answer_locally(worker, Ask(prompt=OTHER))).preempted == "this worker does not decode at present"
         await set_limits(worker, max_decode_seqs=4)
         whole, local = await answer_locally(worker, long), await answer_locally(worker, Ask(prompt=OTHER))
         assert before.token_ids + after.token_ids == whole.token_ids
@@ -54,9 +52,8 @@ async def test_decode_only_and_back(unified: Unified) -> None:
             )
             await wait_for_status(worker, lambda s: s.queues.num_decoding == 1)
             await set_limits(worker, max_prefill_tokens=0)
-            refused = await refusal_of(worker, Ask(prompt=OTHER))
-            assert refused.code() is grpc.StatusCode.UNAVAILABLE
-            assert "computes no prompts" in (refused.details() or "")
+            refused = await answer_locally(worker, Ask(prompt=OTHER))
+            assert refused.preempted == "this worker computes no prompts at present"
             received = await hand_over(other, worker, Ask(prompt=OTHER))
         assert len(decoding.result().token_ids) == MAX_TOKENS
         await set_limits(worker, max_prefill_tokens=8)

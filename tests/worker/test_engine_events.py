@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvbaton.engine.errors import NotANumberError, PreemptedError, UnavailableError
+from kvbaton.engine.errors import NotANumberError, PreemptedError
 from kvbaton.engine.output import NOT_A_NUMBER, SampledToken, StepOutput, TokenLogprobs
 from kvbaton.engine.request import Route
 from kvbaton.engine.scheduler import Batch
@@ -94,7 +94,7 @@ async def test_a_worker_that_decodes_no_more_hands_back_and_refuses_until_it_doe
         with pytest.raises(PreemptedError, match="does not decode any more"):
             await received.next_tokens()
         submit(thread, refused, PROMPT, sampling(), Route.LOCAL)
-        with pytest.raises(UnavailableError, match="does not decode at present"):
+        with pytest.raises(PreemptedError, match="does not decode at present"):
             await refused.admitted()
         thread.set_limits(LIMITS)
         submit(thread, served, PROMPT, sampling(), Route.LOCAL)

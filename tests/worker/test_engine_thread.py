@@ -140,7 +140,7 @@ async def test_a_request_that_waits_is_admitted_when_blocks_are_freed() -> None:
     [
         ([], InvalidArgumentError, "prompt: is empty"),
         ([5] * 64, InvalidArgumentError, "exceed the context of 64"),
-        ([5] * 40, OverloadedError, "needs 11 KV blocks, the whole pool has 8"),
+        ([5] * 40, OverloadedError, "prompt and max_tokens: 43 tokens need 11 KV blocks, the whole pool has 8"),
     ],
 )
 async def test_a_request_that_cannot_be_added_hears_why(
@@ -265,11 +265,32 @@ async def test_leaving_ends_the_thread_whatever_is_running() -> None:
     assert not any(alive.name == "engine" for alive in threading.enumerate())
 
 
+async def test_who_asks_for_the_state_and_goes_harms_nobody() -> None:
+    runner = FakeRunner()
+    gate = runner.before_run = Gate()
+    async with running(runner) as thread:
+        handle = RequestHandle("a")
+        submit(thread, handle, PROMPT, sampling(), Route.LOCAL)
+        await gate.wait_reached()
+        async with asyncio.TaskGroup() as group:
+            asking = group.create_task(thread.snapshot())
+            await asyncio.sleep(0)
+            asking.cancel()
+        assert asking.cancelled()
+        gate.open(10)
+        assert [t.token_id for t in await collect(handle)] == [15, 16, 17, 18]
+
+
+class Panic(BaseException):
+    """What a library in another language throws when it is at its end."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Panic])
 async def test_an_engine_that_fails_tells_everybody_and_takes_nothing_more(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
 ) -> None:
     def broken(*_: object) -> None:
-        raise RuntimeError("a bug outside of the forward pass")
+        raise kind("a bug outside of the forward pass")
 
     monkeypatch.setattr(Scheduler, "commit", broken)
     async with running(FakeRunner()) as thread:

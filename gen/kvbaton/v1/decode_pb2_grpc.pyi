@@ -62,8 +62,8 @@ class DecodeServiceStub(typing.Generic[_DecodeServiceDecodeType]):
 
     Decode: _DecodeServiceDecodeType
     """Decode reserves room for a request, waits for its KV to arrive by KvTransferService, and streams the tokens from
-    the second on: one `admitted`, any number of `tokens`, one `finished` or `preempted`. Everything the request
-    holds is freed when this stream ends, however it ends.
+    the second on: one `admitted`, any number of `tokens`, one `finished`; or `preempted` at any point. Everything the
+    request holds is freed when this stream ends, however it ends.
     Fails with INVALID_ARGUMENT (never retry), RESOURCE_EXHAUSTED (the waiting line is full, or the request is larger
     than the pool: try another worker), UNAVAILABLE (draining: try another worker), DEADLINE_EXCEEDED.
     """
@@ -85,8 +85,8 @@ class DecodeServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[kvbaton.v1.decode_pb2.DecodeResponse], collections.abc.AsyncIterator[kvbaton.v1.decode_pb2.DecodeResponse]]:
         """Decode reserves room for a request, waits for its KV to arrive by KvTransferService, and streams the tokens from
-        the second on: one `admitted`, any number of `tokens`, one `finished` or `preempted`. Everything the request
-        holds is freed when this stream ends, however it ends.
+        the second on: one `admitted`, any number of `tokens`, one `finished`; or `preempted` at any point. Everything the
+        request holds is freed when this stream ends, however it ends.
         Fails with INVALID_ARGUMENT (never retry), RESOURCE_EXHAUSTED (the waiting line is full, or the request is larger
         than the pool: try another worker), UNAVAILABLE (draining: try another worker), DEADLINE_EXCEEDED.
         """

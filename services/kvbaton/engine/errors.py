@@ -40,7 +40,7 @@ class NotANumberError(KvbatonError):
 
 
 class PreemptedError(KvbatonError):
-    """The worker ran out of blocks and handed the request back: it can be resumed anywhere from its tokens."""
+    """The worker has no blocks or no place for the request and hands it back: it can go on anywhere from its tokens."""
 
 
 class StartupError(KvbatonError):

@@ -11,7 +11,7 @@ from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Request
 
 HASHES_A_STEP = 256
-"""Blocks hashed between two steps while somebody decodes: less than a millisecond, however long the prompt."""
+"""Blocks of one prompt hashed between two steps while somebody decodes: less than a millisecond, however long it is."""
 
 
 def match(pool: BlockPool, request: Request, *, hurried: bool) -> list[int] | None:

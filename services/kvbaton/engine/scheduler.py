@@ -19,7 +19,7 @@ from kvbaton.engine import chunking, prefix
 from kvbaton.engine.budget import ChunkBudget, StepShape
 from kvbaton.engine.constraint import Constraint
 from kvbaton.engine.counters import Counts, EngineCounters
-from kvbaton.engine.errors import InvalidArgumentError, OverloadedError, UnavailableError
+from kvbaton.engine.errors import InvalidArgumentError, OverloadedError, PreemptedError, UnavailableError
 from kvbaton.engine.output import NOT_A_NUMBER, NOTHING_ALLOWED, SampledToken, StepOutput, no_token_error
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.ranked import RankedRequests
@@ -41,12 +41,13 @@ class Limits:
     target_itl: float | None = None
     """Seconds that a step which decodes should take, by the choice of how much prompt it carries. None: no target."""
 
-    def refusal(self, route: Route) -> str | None:
-        """Why a request has no place here; None when it has."""
+    def refusal(self, route: Route) -> UnavailableError | PreemptedError | None:
+        """What ends a request without a place here; None when it has one. What would decode here is handed back."""
+        kind = UnavailableError if route is Route.HAND_OFF else PreemptedError
         if route is not Route.RECEIVE and not self.max_prefill_tokens:
-            return "this worker computes no prompts at present"
+            return kind("this worker computes no prompts at present")
         if route is not Route.HAND_OFF and not self.max_decode_seqs:
-            return "this worker does not decode at present"
+            return kind("this worker does not decode at present")
         return None
 
 
@@ -135,18 +136,20 @@ class Scheduler:
         """Put a request in the waiting line, after those of its priority.
 
         Raises InvalidArgumentError for an id in use, an empty prompt, one beyond the context, or an answer that is
-        complete already, UnavailableError where the limits leave it no place, and OverloadedError when the line is
-        full or the request could never fit the pool.
+        complete already, what `Limits.refusal` says, and OverloadedError when the line is full or the request could
+        never fit the pool.
         """
         if new.request_id in self._requests:
             raise InvalidArgumentError("request_id", f"{new.request_id!r} is already running here")
         _check(new, self.max_model_len)
         if (refusal := self.limits.refusal(new.route)) is not None:
-            raise UnavailableError(refusal)
+            raise refusal
         request = _begin(new, next(self._arrivals), now)
         needed = self.pool.blocks_for(request.max_kv_tokens)
         if needed > self.pool.num_blocks:
-            raise OverloadedError(f"the request needs {needed} KV blocks, the whole pool has {self.pool.num_blocks}")
+            fields = "prompt" if request.route is Route.HAND_OFF else "prompt and max_tokens"
+            need = f"{fields}: {request.max_kv_tokens} tokens need {needed} KV blocks"
+            raise OverloadedError(f"{need}, the whole pool has {self.pool.num_blocks}")
         if len(self._waiting) >= self.limits.max_waiting:
             raise OverloadedError(f"{len(self._waiting)} requests are waiting already")
         self._requests[request.request_id] = request
@@ -156,14 +159,14 @@ class Scheduler:
     def set_limits(self, limits: Limits, now: float) -> StepResult:
         """Other limits from the next step on. Requests that wait already stay, even beyond a shorter line.
 
-        What has no place any more fails with UnavailableError; what decodes is handed back by the next `make_room`.
+        What has no place any more fails as `Limits.refusal` says; what decodes is handed back by the next `make_room`.
         """
         self.limits = limits
         result = StepResult()
         for request in [*self._waiting, *self._prefilling]:
-            if (problem := limits.refusal(request.route)) is not None:
+            if (refusal := limits.refusal(request.route)) is not None:
                 self.fail(request, now)
-                result.failed.append((request, UnavailableError(problem)))
+                result.failed.append((request, refusal))
         return result
 
     def make_room(self, now: float) -> list[Request]:
@@ -327,8 +330,7 @@ class Scheduler:
                 result.failed.append((request, error))
                 return
         request.output.append(token.token_id)
-        reason = request.reason_to_end(self.eos_token_ids)
-        request.finish_reason = reason
+        request.finish_reason = reason = request.reason_to_end(self.eos_token_ids)
         if request.route is Route.HAND_OFF:
             # Its blocks are read until the KV has left, whatever the token was: `remove` ends it.
             self._prefilling.discard(request)
@@ -340,8 +342,7 @@ class Scheduler:
             self._prefilling.discard(request)
             request.move_to(Phase.DECODING)
             self._decoding.add(request)
-        index = len(request.output) - 1
-        result.sampled.append(TokenSampled(request, index, token.token_id, reason, token.logprobs))
+        result.sampled.append(TokenSampled(request, len(request.output) - 1, token.token_id, reason, token.logprobs))
 
     def _no_token(self, request: Request, why: int, result: StepResult, now: float) -> None:
         if why == NOT_A_NUMBER:

@@ -33,7 +33,7 @@ class Answer:
     finish_reason: types.FinishReason = types.FINISH_REASON_UNSPECIFIED
     num_resumes: int = 0
     cached_tokens: int = 0
-    """Prompt tokens found in a prefix cache, at the first attempt."""
+    """Prompt tokens found in a prefix cache, at the attempt that began the answer."""
     timings: types.Timings = field(default_factory=types.Timings)
     """The workers' part of them, over all attempts."""
     placement: Placement | None = None
@@ -54,7 +54,7 @@ class Answer:
             num_before = len(self.token_ids)
             await attempt.run()
             self.prefix_ready.set()
-            if self.num_resumes == 0:
+            if not num_before:
                 self.cached_tokens = attempt.cached_tokens
             add_timings(self.timings, attempt.timings)
             if self.finish_reason:

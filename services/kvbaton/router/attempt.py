@@ -124,7 +124,8 @@ class Attempt:
         async with _leg(call, peer) as responses:
             async for response in responses:
                 event = response.WhichOneof("event")
-                if self._target.done() == (event == "admitted"):
+                # It may be handed back before it was admitted: the worker's limits have changed.
+                if event != "preempted" and self._target.done() == (event == "admitted"):
                     raise UnavailableError(f"{peer} sent {event} where it may not")
                 ended = event in ("finished", "preempted")
                 await self._on_decode_event(response, locally)
@@ -148,8 +149,9 @@ class Attempt:
             case "preempted":
                 address, reason = self.placement.decode.address, response.preempted.reason
                 logger.info("decode worker %s handed %s back: %s", address, self.job.request_id, reason)
-                # The prefill leg goes on to its own end: it may still bring the first token.
+                # The prefill leg goes on to its own end, if it has begun: it may still bring the first token.
                 self.preempted = True
+                self._target.cancel()
 
     async def _prefill_leg(self, prefill: Worker, end_decode_leg: Callable[[], object]) -> None:
         request = prefill_pb2.PrefillRequest(**self.job.fields, sampling=self.job.sampling, target=await self._target)

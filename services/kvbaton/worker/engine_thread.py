@@ -221,7 +221,8 @@ class EngineThread:
             )
 
         self._send(take, result.set_exception)
-        return await asyncio.wrap_future(result)
+        # The engine's thread answers in any case: who goes meanwhile must not cancel the answer under its hands.
+        return await asyncio.shield(asyncio.wrap_future(result))
 
     def _send(self, run: Callable[[], None], refuse: Callable[[Exception], object]) -> None:
         if self._failure is not None:
@@ -236,8 +237,9 @@ class EngineThread:
     def _main(self) -> None:
         try:
             self._run()
-        except Exception:
+        except BaseException:
             # Nothing of the engine can be trusted now. Whoever waits is told, and the service ends (`serve_until`).
+            # BaseException: a library's panic is one, and a thread that just ended would leave everybody waiting.
             logger.exception("the engine has failed; this worker serves nothing any more")
             self._failure = EngineFailedError("the engine has failed")
             ended: list[tuple[RequestHandle, Event]] = [(handle, self._failure) for handle in self._handles.values()]

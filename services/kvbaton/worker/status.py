@@ -125,7 +125,7 @@ class WorkerServicer(WorkerServiceServicer):
                 num_free_blocks=snapshot.num_free_blocks,
                 num_cached_blocks=snapshot.num_cached_blocks,
             ),
-            limits=_limits_to_proto(self._limits),
+            limits=_limits_to_proto(snapshot.limits),
             queues=pb.QueueStatus(
                 num_waiting=counts.waiting,
                 num_prefilling=counts.prefilling,
