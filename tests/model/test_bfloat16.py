@@ -9,6 +9,7 @@ model's (log-probabilities from -6 to -2), where random ones of 0.3 and more wou
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +30,21 @@ TOLERANCE = 0.05
 PROMPTS = [1, 9, 40, 61]
 
 
-def save(architecture: str, folder: Path) -> Path:
+@pytest.fixture(params=["own", "without the unit", "without oneDNN's bfloat16"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine has, and what others have."""
+    if request.param != "own":
+        monkeypatch.setattr("kvbaton.model.cpu.numeric.has_bfloat16_unit", lambda: False)
+    if request.param == "without oneDNN's bfloat16":
+        for module in ("linear", "optimize"):
+            monkeypatch.setattr(f"kvbaton.model.cpu.{module}.can_pack", lambda dtype: False)
+
+
+def save(architecture: str, folder: Path, **overrides: Any) -> Path:
     torch.manual_seed(13)
     config = tiny_models.ARCHITECTURES[architecture].config()
+    for name, value in overrides.items():
+        setattr(config, name, value)
     if hasattr(config, "num_experts_per_tok"):
         # All of them: between two experts that are nearly as good, rounding may choose either, and the answers differ.
         config.num_experts_per_tok = 4
@@ -73,9 +86,7 @@ def teacher_forced(folder: Path, request: Request) -> list[float]:
     return [float(row[token]) for row, token in zip(logprobs, request.output, strict=True)]
 
 
-@pytest.mark.parametrize("architecture", list(tiny_models.ARCHITECTURES))
-def test_log_probabilities(architecture: str, tmp_path: Path) -> None:
-    folder = save(architecture, tmp_path)
+def check(folder: Path) -> None:
     spread = []
     for request, ours in generate(folder):
         theirs = teacher_forced(folder, request)
@@ -84,3 +95,15 @@ def test_log_probabilities(architecture: str, tmp_path: Path) -> None:
         spread += theirs
     # The tolerance means something: tokens differ by far more than it.
     assert max(spread) - min(spread) > 40 * TOLERANCE
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("architecture", list(tiny_models.ARCHITECTURES))
+def test_log_probabilities(architecture: str, tmp_path: Path) -> None:
+    check(save(architecture, tmp_path))
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt_oss"])
+def test_heads_of_a_width_that_the_unit_takes(architecture: str, num_kv_heads: int, tmp_path: Path) -> None:
+    check(save(architecture, tmp_path, head_dim=32, num_key_value_heads=num_kv_heads))

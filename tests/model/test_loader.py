@@ -12,6 +12,7 @@ import transformers
 
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import LayerGeometry
+from kvbaton.model.cpu.linear import can_pack
 from kvbaton.model.loader import load_model
 from support import tiny_models
 from support.refused_models import NOT_CAUSAL, REFUSED
@@ -178,3 +179,22 @@ def test_a_model_without_eos_has_none(llama: Path) -> None:
     edit_json(llama / "generation_config.json", eos_token_id=None)
     edit_json(llama / "config.json", eos_token_id=None)
     assert load_model(str(llama), "float32", "cpu").eos_token_ids == frozenset()
+
+
+def test_a_model_that_does_not_bear_faster_parts_is_served_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # As some do: their last layer is given what its weight's dtype asks for. A packed weight cannot be looked at.
+    folder = tiny_models.save_tiny_model("gemma3", tmp_path, hidden_size=64)
+    plain = transformers.Gemma3ForCausalLM.forward
+
+    def forward(model: Any, *args: Any, **named: Any) -> Any:
+        assert model.lm_head.weight.dtype is torch.bfloat16
+        return plain(model, *args, **named)
+
+    monkeypatch.setattr(transformers.Gemma3ForCausalLM, "forward", forward)
+    loaded = load_model(str(folder), "bfloat16", "cpu")
+    with torch.inference_mode():
+        logits = loaded.forward(torch.tensor([[5, 6]]), torch.tensor([[0, 1]]), torch.tensor([1]))
+    assert logits.shape == (1, 97)
+    assert ("served as it is" in caplog.text) == can_pack(torch.bfloat16)

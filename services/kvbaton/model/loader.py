@@ -1,7 +1,7 @@
 """Loading a `transformers` model, and refusing, by name and reason, one that would answer wrongly."""
 
 import hashlib
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +15,20 @@ from kvbaton.model import checkpoint
 from kvbaton.model.attention import AttentionBackend, PagedAttention
 from kvbaton.model.cpu.allocator import keep_freed_memory
 from kvbaton.model.cpu.attention import CpuAttention
-from kvbaton.model.cpu.decoder import compiled_decoder
-from kvbaton.model.cpu.optimize import optimize
+from kvbaton.model.cpu.optimize import optimized_forward
 from kvbaton.model.cuda.attention import cuda_attention
+from kvbaton.model.forward import Forward, plain_forward
 from kvbaton.model.memory import check_fits, memory_of
 from kvbaton.model.reference import ReferenceAttention
 from kvbaton.model.store import DTYPES
 from kvbaton.model.trial import context_length, first_line, try_out
 
+logger = logging.getLogger(__name__)
+
 # Progress bars are no log lines.
 transformers_logging.disable_progress_bar()
 
 _DIGEST_SAMPLES = 64
-
-
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Token ids and positions [1, tokens], and the rows of interest, to their logits [rows, vocab]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +49,14 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
 
 
-def load_model(path: str, dtype: str, device: str, trust_remote_code: bool = False) -> LoadedModel:
+def load_model(
+    path: str, dtype: str, device: str, trust_remote_code: bool = False, optimized: bool = True
+) -> LoadedModel:
     """Load a local directory or a hub name that `AutoModelForCausalLM` takes.
 
     `dtype` is "float32", "bfloat16" or "auto" (the checkpoint's own, where kvbaton holds KV in it). Raises StartupError
     when the model is missing or broken, when its weights do not fit into the device's memory, when it needs code of its
-    own that is not trusted, or when its attention cannot be served.
+    own that is not trusted, or when its attention cannot be served. `optimized` lets parts be replaced on a CPU.
     """
     target = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
@@ -71,9 +71,17 @@ def load_model(path: str, dtype: str, device: str, trust_remote_code: bool = Fal
     geometry = try_out(model, attention, kv_dtype, path)
     max_model_len = context_length(model, path)
     digest, weights_bytes = weights_digest(model), sum(parameter.nbytes for parameter in model.parameters())
+    forward: Forward | None = plain_forward(model)
+    if target.type == "cpu" and optimized:
+        keep_freed_memory()
+        forward = optimized_forward(model, attention)
+    if forward is None:
+        logger.warning("model %r does not bear faster parts: it is loaded again, and served as it is", path)
+        del model
+        return load_model(path, dtype, device, trust_remote_code, optimized=False)
     return LoadedModel(
         model=model,
-        forward=_optimized(model, attention) if target.type == "cpu" else plain_forward(model),
+        forward=forward,
         attention=attention,
         device=target,
         geometry=geometry,
@@ -94,23 +102,6 @@ def _backend(device: torch.device) -> AttentionBackend:
     # Who asks for float32 does not mean TensorFloat-32, which has ten bits.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     return cuda_attention()
-
-
-def _optimized(model: Any, attention: PagedAttention) -> Forward:
-    keep_freed_memory()
-    optimize(model, attention)
-    return compiled_decoder(model) or plain_forward(model)
-
-
-def plain_forward(model: Any) -> Forward:
-    """The model's own forward pass."""
-
-    def forward(token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        output = model(input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
-        logits: torch.Tensor = output.logits[0]
-        return logits
-
-    return forward
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -7,6 +7,7 @@ import torch
 from kvbaton.engine.output import StepOutput
 from kvbaton.engine.scheduler import Batch
 from kvbaton.model import ragged
+from kvbaton.model.cpu.attention import CpuAttention
 from kvbaton.model.cuda.attention import CudaAttention
 from kvbaton.model.cuda.graphs import CudaCapture, DecodeGraphs
 from kvbaton.model.loader import LoadedModel
@@ -30,6 +31,8 @@ class ModelRunner:
         self._eos_token_ids = loaded.eos_token_ids
         self._on_layer = on_layer
         self._graphs: DecodeGraphs | None = None
+        if isinstance(loaded.attention.backend, CpuAttention):
+            loaded.attention.backend.warm_up(store)
         if loaded.device.type == "cuda":
             capture = CudaCapture(loaded.device)
             self._graphs = DecodeGraphs(loaded.forward, loaded.attention, store, loaded.max_model_len, capture)

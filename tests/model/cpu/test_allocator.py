@@ -1,12 +1,14 @@
-"""Tensors in large pages are ordinary ones that share nothing."""
+"""The C library is asked for what it takes; tensors in large pages are ordinary ones that share nothing."""
 
+import ctypes
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kvbaton.model.cpu.allocator import LargePages
+from kvbaton.model.cpu.allocator import LargePages, keep_freed_memory
 
 
 def test_tensors_do_not_overlap() -> None:
@@ -46,3 +48,23 @@ def test_memory_goes_with_its_last_tensor() -> None:
 def test_more_than_there_is() -> None:
     with pytest.raises(RuntimeError, match="bytes of memory cannot be had"):
         LargePages().empty((1 << 60,), torch.uint8)
+
+
+@pytest.mark.parametrize("largest", [1 << 30, 32 << 20])
+def test_thresholds(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[int, int] = {}
+
+    def mallopt(name: int, value: int) -> int:
+        if name == -3 and value > largest:
+            return 0
+        taken[name] = value
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    keep_freed_memory()
+    assert taken == {-3: largest, -1: 1 << 30}
+
+
+def test_a_library_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    keep_freed_memory()

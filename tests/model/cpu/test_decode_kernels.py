@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from kvbaton.model.cpu import decode_dot_kernel, decode_kernel
-from kvbaton.model.cpu.numeric import as_array
-from kvbaton.model.cpu.product_kernel import has_bfloat16_unit
+from kvbaton.model.cpu.numeric import as_array, has_bfloat16_unit
 
-BLOCK = 8
 NONE = np.empty(0, np.float32)
 needs_unit = pytest.mark.skipif(not has_bfloat16_unit(), reason="this machine has no bfloat16 unit")
 
 Kernel = Callable[..., None]
-VARIANTS = [(0, 0.0, False), (5, 0.0, False), (11, 3.0, True)]
+Kept = tuple[torch.Tensor, torch.Tensor]
+Sequences = tuple[torch.Tensor, torch.Tensor]
+VARIANTS = [(0, 0.0, False), (5, 0.0, False), (11, 3.0, True), (1, 0.0, False), (100, 0.0, True)]
 """Window, soft cap, and whether there are sinks."""
 
 CASES: list[Any] = [
@@ -49,41 +49,83 @@ def expected(
     return torch.einsum("ht,thd->hd", weights, values)
 
 
-@pytest.mark.parametrize(("attend", "dtype", "dims"), CASES)
-@pytest.mark.parametrize("heads", [2, 4, 6])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_against_the_textbook(
-    attend: Kernel, dtype: torch.dtype, dims: tuple[int, int], heads: int, variant: tuple[int, float, bool]
-) -> None:
-    (k_dim, v_dim), (window, softcap, sunk) = dims, variant
-    generator = torch.Generator().manual_seed(heads)
-    kv_heads, lengths = 2, [1, 7, BLOCK, 19, 30]
-    tables = torch.randperm(4 * len(lengths), generator=generator).view(len(lengths), 4)
-    shape = (tables.numel(), BLOCK, kv_heads)
-    keys = torch.randn(*shape, k_dim, generator=generator).to(dtype)
-    values = torch.randn(*shape, v_dim, generator=generator).to(dtype)
-    query = torch.randn(len(lengths), heads, k_dim, generator=generator).to(dtype)
-    sinks = torch.linspace(-2, 2, heads) if sunk else None
-    rows = [
-        (keys[table].flatten(0, 1)[:length].clone(), values[table].flatten(0, 1)[:length].clone())
-        for table, length in zip(tables, lengths, strict=True)
-    ]
-    for table, length in zip(tables, lengths, strict=True):
-        for position in range(length, 4 * BLOCK):
-            keys[table[position // BLOCK], position % BLOCK] = float("nan")
-            values[table[position // BLOCK], position % BLOCK] = float("nan")
-    output = torch.full((len(lengths), heads, v_dim), float("nan"), dtype=dtype)
+def attended(
+    attend: Kernel, query: torch.Tensor, kept: Kept, sequences: Sequences, variant: tuple[int, float, bool]
+) -> torch.Tensor:
+    """The kernel's output for `query` [n, heads, k_dim]."""
+    window, softcap, sunk = variant
+    output = torch.full((*query.shape[:2], kept[1].shape[-1]), float("nan"), dtype=query.dtype)
     attend(
-        *[as_array(tensor) for tensor in (query, keys, values)],
-        tables.numpy(),
-        np.array(lengths),
+        as_array(query),
+        *(as_array(blocks) for blocks in kept),
+        *(numbers.numpy() for numbers in sequences),
         window,
         np.float32(0.2),
         np.float32(softcap),
-        NONE if sinks is None else sinks.numpy(),
+        torch.linspace(-2, 2, query.shape[1]).numpy() if sunk else NONE,
         as_array(output),
     )
+    return output
+
+
+def paged(dtype: torch.dtype, dims: tuple[int, int], heads: tuple[int, int], block: int) -> tuple[Any, ...]:
+    """Queries of some sequences, their blocks, tables and lengths, and K and V of each; NaN is where nobody wrote."""
+    generator = torch.Generator().manual_seed(sum(heads))
+    lengths = [1, 7, 8, 19, 30]
+    width = -(-max(lengths) // block)
+    tables = torch.randperm(width * len(lengths), generator=generator).view(len(lengths), width)
+    query = torch.randn(len(lengths), heads[0], dims[0], generator=generator).to(dtype)
+    kept, rows = [], []
+    for dim in dims:
+        whole = torch.randn(len(lengths), width * block, heads[1], dim, generator=generator).to(dtype)
+        for sequence, length in zip(whole, lengths, strict=True):
+            sequence[length:] = float("nan")
+        blocks = torch.empty(tables.numel(), block, heads[1], dim, dtype=dtype)
+        blocks[tables.flatten()] = whole.view(-1, block, heads[1], dim)
+        kept.append(blocks)
+        rows.append([sequence[:length] for sequence, length in zip(whole, lengths, strict=True)])
+    return query, tuple(kept), (tables, torch.tensor(lengths)), list(zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize(("attend", "dtype", "dims"), CASES)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (6, 2), (7, 1), (1, 1), (21, 3)])
+@pytest.mark.parametrize("block", [8, 24])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_against_the_textbook(
+    attend: Kernel,
+    dtype: torch.dtype,
+    dims: tuple[int, int],
+    heads: tuple[int, int],
+    block: int,
+    variant: tuple[int, float, bool],
+) -> None:
+    query, kept, sequences, rows = paged(dtype, dims, heads, block)
+    output = attended(attend, query, kept, sequences, variant)
+    sinks = torch.linspace(-2, 2, heads[0]) if variant[2] else None
     tolerance = 1e-5 if dtype is torch.float32 else 0.02
     for row, (own_keys, own_values) in enumerate(rows):
-        wanted = expected(query[row], own_keys, own_values, window, softcap, sinks)
+        wanted = expected(query[row], own_keys, own_values, variant[0], variant[1], sinks)
         torch.testing.assert_close(output[row].double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("block", [1, 3, 5])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_blocks_of_other_sizes(block: int, variant: tuple[int, float, bool]) -> None:
+    query, kept, sequences, rows = paged(torch.float32, (24, 5), (6, 2), block)
+    output = attended(decode_kernel.attend_decodes, query, kept, sequences, variant)
+    sinks = torch.linspace(-2, 2, 6) if variant[2] else None
+    for row, (own_keys, own_values) in enumerate(rows):
+        wanted = expected(query[row], own_keys, own_values, variant[0], variant[1], sinks)
+        torch.testing.assert_close(output[row].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("attend", "dtype", "dims"), CASES)
+@pytest.mark.parametrize("which", [0, 1])
+def test_nan_stays_in_its_sequence(attend: Kernel, dtype: torch.dtype, dims: tuple[int, int], which: int) -> None:
+    query, kept, sequences, _ = paged(dtype, dims, (6, 2), 8)
+    before = attended(attend, query, kept, sequences, VARIANTS[0])
+    kept[which][sequences[0][3, 1], 2] = float("nan")
+    after = attended(attend, query, kept, sequences, VARIANTS[0])
+    assert after[3].isnan().all()
+    others = [0, 1, 2, 4]
+    assert torch.equal(after[others], before[others])

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from kvbaton.model.cpu.kernels import masked_softmax, rms_norm, rotate_heads, silu_gate, softmax
-from kvbaton.model.cpu.numeric import as_array, exp, kernel
+from kvbaton.model.cpu.numeric import as_array, element, exp, kernel
 
 DTYPES = [torch.float32, torch.bfloat16]
 NONE = np.empty(0, np.float32)
@@ -87,8 +87,16 @@ def test_rotate_heads(dtype: torch.dtype, normalised: bool, rotated: int) -> Non
         )
 
 
+def test_rotation_stays_within_a_head() -> None:
+    rows, wide = random(1, 8), torch.ones(1, 12)
+    buffer = torch.zeros(3, 1, 4)
+    query, key, _ = (part[None] for part in buffer)
+    rotate_heads(rows.numpy(), NONE, NONE, np.float32(0), wide.numpy(), wide.numpy(), query.numpy(), key.numpy())
+    assert not buffer[2].any(), "written beyond the last head"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [0, 1, 5])
+@pytest.mark.parametrize("window", [0, 1, 5, 100])
 @pytest.mark.parametrize("first_key", [0, 3])
 def test_masked_softmax(dtype: torch.dtype, window: int, first_key: int) -> None:
     kv_heads, group, queries, keys, first_query = 2, 3, 4, 12 - first_key, 8
@@ -110,3 +118,30 @@ def test_nan_stays_in_its_row() -> None:
     scores[2] = np.nan
     softmax(scores, np.float32(0), np.float32(-np.inf))
     assert np.isnan(scores).all()
+
+
+ROUNDED = {
+    0x3F800000: 0x3F80,  # 1
+    0x3F808000: 0x3F80,  # a tie, to even
+    0x3F818000: 0x3F82,  # a tie, to even
+    0x3F808001: 0x3F81,
+    0xBF80FFFF: 0xBF81,
+    0x7F7FFFFF: 0x7F80,  # the largest number, to infinity
+    0x7F800000: 0x7F80,
+    0xFF800000: 0xFF80,
+    0x80000000: 0x8000,
+}
+
+
+@kernel
+def rounded(values: Any, output: Any) -> None:
+    for i in range(values.shape[0]):
+        output[i] = element(values[i], output[i])
+
+
+def test_rounding_to_bfloat16() -> None:
+    output = np.empty(len(ROUNDED), np.uint16)
+    rounded(np.array(list(ROUNDED), np.uint32).view(np.float32), output)
+    assert [hex(bits) for bits in output] == [hex(bits) for bits in ROUNDED.values()]
+    rounded(np.array([0x7F800001, 0x7FFFFFFF, 0xFFC00000], np.uint32).view(np.float32), output)
+    assert torch.from_numpy(output[:3]).view(torch.bfloat16).isnan().all()

@@ -49,3 +49,16 @@ def test_members_of_a_shared_input() -> None:
     members[0](first)
     close(members[1](second), layers[1](second))
     close(members[0](second), layers[0](second))
+
+
+@pytest.mark.parametrize("x", [torch.ones(3, 192).bfloat16(), torch.ones(3, 48).bfloat16(), torch.ones(3, 96)])
+def test_rows_of_another_kind_are_refused(x: torch.Tensor) -> None:
+    # The kernel would take their memory for what it expects, and write beyond the result's.
+    with pytest.raises(ValueError, match="rows of 96 bfloat16"):
+        PackedLinear.of([linear(40, False, 1)])(x)
+
+
+def test_rows_that_do_not_lie_in_order() -> None:
+    layer, x = linear(40, False, 1), torch.randn(96, 5).bfloat16().t()
+    close(PackedLinear.of([layer])(x), layer(x))
+    close(PackedLinear.of([layer])(x[::2]), layer(x[::2]))

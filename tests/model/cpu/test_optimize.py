@@ -1,5 +1,6 @@
 """What is replaced in a model, and what is not: only a part that gives the same."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class ShiftedRMSNorm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(32))
+        self.weight = nn.Parameter(torch.ones(32, dtype=torch.bfloat16))
         self.variance_epsilon = 1e-6
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,3 +102,89 @@ def test_a_part_that_gives_something_else_stays(tmp_path: Path) -> None:
     assert kinds(model, ShiftedRMSNorm) == 1
     assert not isinstance(model.model.layers[0], CompiledLayer), "its forward pass is not the usual one"
     assert compiled_decoder(model) is None
+
+
+@packs
+def test_a_layer_that_changes_far_into_the_context_stays(tmp_path: Path) -> None:
+    model, attention = loaded("llama", tmp_path, torch.bfloat16)
+    layer = model.model.layers[1]
+    plain = layer.forward
+
+    def forward(hidden: torch.Tensor, position_ids: torch.Tensor | None = None, **named: Any) -> torch.Tensor:
+        output: torch.Tensor = plain(hidden, position_ids=position_ids, **named)
+        return output if position_ids is None else output * (1 + (position_ids > 100).to(output.dtype))[..., None]
+
+    layer.forward = forward
+    optimize(model, attention)
+    assert not isinstance(model.model.layers[1], CompiledLayer)
+    assert kinds(model, CompiledLayer) == 2
+
+
+@packs
+def test_a_part_that_clamps_what_is_large_stays(tmp_path: Path) -> None:
+    model, attention = loaded("llama", tmp_path, torch.bfloat16)
+    mlp = model.model.layers[1].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: plain(x.clamp(-9, 9))
+    optimize(model, attention)
+    assert kinds(model, FusedGatedMlp) == 2
+
+
+@packs
+def test_a_layer_that_changes_little_is_replaced(tmp_path: Path) -> None:
+    # As trained ones: what they add is small beside what goes through, whose rounding is no difference.
+    model, attention = loaded("llama", tmp_path, torch.bfloat16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 0.001
+            layer.mlp.down_proj.weight *= 0.0005
+    optimize(model, attention)
+    assert kinds(model, CompiledLayer) == 3
+
+
+@packs
+def test_parts_in_float32_within_a_bfloat16_model(tmp_path: Path) -> None:
+    model, attention = loaded("llama", tmp_path, torch.bfloat16, hidden_size=64)
+    model.model.norm.float()
+    model.lm_head.float()
+    before = logits(model)
+    optimize(model, attention)
+    assert type(model.lm_head) is nn.Linear
+    assert (logits(model) - before).norm() / before.norm() < ROUNDING
+
+
+@packs
+def test_layers_that_are_called_twice(tmp_path: Path) -> None:
+    model, attention = loaded("gemma3", tmp_path, torch.bfloat16)
+    layers = model.model.layers
+    layers[2].forward = lambda *args, **named: layers[0].forward(*args, **named)
+    before = logits(model)
+    optimize(model, attention)
+    assert (logits(model) - before).norm() / before.norm() < ROUNDING
+
+
+@packs
+def test_models_that_scale_their_logits_keep_their_own_loop(tmp_path: Path) -> None:
+    model, attention = loaded("llama", tmp_path, torch.bfloat16)
+
+    def halve(_: nn.Module, __: Any, output: Any) -> None:
+        output.logits = output.logits * 0.5
+
+    model.register_forward_hook(halve)
+    optimize(model, attention)
+    assert kinds(model, CompiledLayer) == 3
+    assert compiled_decoder(model) is None
+
+
+@packs
+def test_weights_are_never_in_memory_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, attention = loaded("gemma3", tmp_path, torch.bfloat16)
+    first, alive = weakref.ref(model.model.layers[0].mlp), []
+
+    def fused(*args: Any) -> FusedGatedMlp:
+        alive.append(first() is not None)
+        return FusedGatedMlp(*args)
+
+    monkeypatch.setattr("kvbaton.model.cpu.optimize.FusedGatedMlp", fused)
+    optimize(model, attention)
+    assert alive == [True, False, False]

@@ -9,6 +9,8 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _THRESHOLD = 1 << 30
+_OLD_THRESHOLD = 32 << 20
+"""The most that glibc took before 2.35; it refuses more, and would stay at 128 KiB."""
 
 
 def keep_freed_memory() -> None:
@@ -19,7 +21,7 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
+        mallopt(_M_MMAP_THRESHOLD, _THRESHOLD) or mallopt(_M_MMAP_THRESHOLD, _OLD_THRESHOLD)
         mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)
 
 

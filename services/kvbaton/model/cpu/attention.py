@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from kvbaton.model.attention import LayerShape, Tensors
-from kvbaton.model.cpu import decode_dot_kernel, decode_kernel
+from kvbaton.model.cpu import decode_dot_kernel, decode_kernel, numeric
 from kvbaton.model.cpu.kernels import masked_softmax
 from kvbaton.model.cpu.numeric import as_array
-from kvbaton.model.cpu.product_kernel import PANEL, has_bfloat16_unit, multiply_heads
+from kvbaton.model.cpu.product_kernel import PANEL, multiply_heads
 from kvbaton.model.ragged import Piece, RaggedBatch
 from kvbaton.model.store import TorchKvStore
 
@@ -36,7 +36,11 @@ class CpuAttention:
         query, key, value = tensors
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         if batch.num_decodes:
-            _decode(layer, query[: batch.num_decodes], shape, batch, store, output[: batch.num_decodes])
+            assert batch.decode_tables is not None
+            assert batch.decode_lengths is not None
+            sequences = batch.decode_tables, batch.decode_lengths
+            kept = store.keys[layer], store.values[layer]
+            _attend_decodes(query[: batch.num_decodes], kept, sequences, shape, output[: batch.num_decodes])
         for piece in batch.pieces:
             rows = slice(piece.row, piece.row + piece.num_tokens)
             if piece.start == 0:
@@ -46,6 +50,20 @@ class CpuAttention:
             _prefill(query[rows], keys, values, piece.start + piece.num_tokens, shape, output[rows])
         return output
 
+    def warm_up(self, store: TorchKvStore) -> None:
+        """Compile, or load, what decodes in `store` will call, which no trial of a model does: attend to none of them.
+
+        The first request would wait for it otherwise, for seconds on a machine that has never served.
+        """
+        for keys, values in zip(store.keys, store.values, strict=True):
+            _attend_decodes(
+                keys.new_empty(0, *keys.shape[2:]),
+                (keys, values),
+                (torch.empty(0, 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)),
+                LayerShape(None, None, None, None),
+                values.new_empty(0, *values.shape[2:]),
+            )
+
     def attend_causal(self, tensors: Tensors, shape: LayerShape) -> torch.Tensor:
         """See `AttentionBackend.attend_causal`."""
         query, key, value = tensors
@@ -54,23 +72,19 @@ class CpuAttention:
         return output
 
 
-def _decode(
-    layer: int,
+def _attend_decodes(
     query: torch.Tensor,
+    kept: tuple[torch.Tensor, torch.Tensor],
+    sequences: tuple[torch.Tensor, torch.Tensor],
     shape: LayerShape,
-    batch: RaggedBatch,
-    store: TorchKvStore,
     output: torch.Tensor,
 ) -> None:
-    assert batch.decode_tables is not None
-    assert batch.decode_lengths is not None
-    attend = decode_dot_kernel.attend_decodes if _has_dot(query, store, layer) else decode_kernel.attend_decodes
-    attend(
+    """`kept` are a layer's blocks of K and V, `sequences` the tables and lengths of those that decode."""
+    kernel = decode_dot_kernel if _has_dot(query, *kept) else decode_kernel
+    kernel.attend_decodes(
         as_array(query.contiguous()),
-        as_array(store.keys[layer]),
-        as_array(store.values[layer]),
-        batch.decode_tables.numpy(),
-        batch.decode_lengths.numpy(),
+        *(as_array(blocks) for blocks in kept),
+        *(numbers.numpy() for numbers in sequences),
         shape.window or 0,
         _scale(shape, query.shape[-1]),
         np.float32(shape.softcap or 0),
@@ -79,13 +93,13 @@ def _decode(
     )
 
 
-def _has_dot(query: torch.Tensor, store: TorchKvStore, layer: int) -> bool:
-    widths = store.keys[layer].shape[-1], store.values[layer].shape[-1]
+def _has_dot(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    widths = keys.shape[-1], values.shape[-1]
     return (
         query.dtype is torch.bfloat16
-        and has_bfloat16_unit()
+        and numeric.has_bfloat16_unit()
         and not any(width % decode_dot_kernel.LANES for width in widths)
-        and not store.block_size % decode_dot_kernel.TOKENS
+        and not keys.shape[1] % decode_dot_kernel.TOKENS
     )
 
 
@@ -132,7 +146,8 @@ class _Products:
     def __init__(self, keys: torch.Tensor) -> None:
         self._panels = self._wide = None
         dim = keys.shape[2]
-        if keys.dtype is torch.bfloat16 and dim % 2 == 0 and torch.get_num_threads() == 1 and has_bfloat16_unit():
+        has_unit = numeric.has_bfloat16_unit() and torch.get_num_threads() == 1
+        if has_unit and keys.dtype is torch.bfloat16 and dim % 2 == 0:
             missing = -keys.shape[1] % PANEL
             padded = torch.nn.functional.pad(keys, (0, 0, 0, missing)) if missing else keys
             shape = (keys.shape[0], -1, PANEL, dim // 2, 2)

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 
 from kvbaton.model.cpu.layer import CompiledLayer
-
-_TRIAL_TOKENS = 7
+from kvbaton.model.forward import plain_forward, trial_of
 
 
 class CompiledDecoder:
@@ -39,9 +38,6 @@ def compiled_decoder(model: Any) -> CompiledDecoder | None:
         return None
     if any(type(layer) is not CompiledLayer for layer in decoder.layers):
         return None
-    token_ids = torch.arange(1, _TRIAL_TOKENS + 1)[None] % decoder.embed_tokens.num_embeddings
-    positions = torch.arange(_TRIAL_TOKENS)[None]
-    rows = torch.tensor([_TRIAL_TOKENS - 3, _TRIAL_TOKENS - 1])
-    expected = model(input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=rows).logits[0]
-    loop = CompiledDecoder(model)
-    return loop if torch.equal(loop(token_ids, positions, rows), expected) else None
+    # Of every token: how many rows a product has may round them differently.
+    trial, loop = trial_of(model), CompiledDecoder(model)
+    return loop if torch.equal(loop(*trial), plain_forward(model)(*trial)) else None

@@ -41,7 +41,8 @@ def rotate_heads(
 
 @kernel
 def _rotate_head(row: Any, head: int, weight: Any, epsilon: Any, cos: Any, sin: Any, output: Any) -> None:
-    dim, half = output.shape[0], cos.shape[0] // 2
+    dim = output.shape[0]
+    half = min(cos.shape[0], dim) // 2
     values = np.empty(dim, np.float32)
     source = row[head * dim : head * dim + dim]
     for d in range(dim):

@@ -13,7 +13,7 @@ from torch import nn
 
 from kvbaton.model.attention import PagedAttention
 from kvbaton.model.cpu.kernels import rotate_heads
-from kvbaton.model.cpu.linear import PackedLinear
+from kvbaton.model.cpu.linear import PackedLinear, is_packable
 from kvbaton.model.cpu.modules import CompiledRmsNorm
 from kvbaton.model.cpu.numeric import as_array
 
@@ -87,10 +87,11 @@ def looks_common(layer: Any) -> bool:
         return False
     own = layer.self_attn
     names = {name for name, _ in own.named_children()}
-    norms = [getattr(own, name, None) for name in _NORMS if name in names]
+    norms: list[Any] = [getattr(own, name) for name in _NORMS if name in names]
     return (
         names - set(_NORMS) == set(_PROJECTIONS)
-        and all(type(getattr(own, name)) is nn.Linear for name in _PROJECTIONS)
+        and all(is_packable(getattr(own, name)) for name in _PROJECTIONS)
         and all(isinstance(norm, CompiledRmsNorm) and len(norm.weights) == own.head_dim for norm in norms)
         and len(norms) in (0, len(_NORMS))
+        and len({norm.epsilon for norm in norms}) <= 1
     )

@@ -1,16 +1,17 @@
 """Linear layers in bfloat16 whose weights were put, once at load, into the order in which they are read.
 
-On one core with a bfloat16 unit by the project's own kernel, which was measured 1.2 to 1.9 times as fast as oneDNN's at
-1 to 8 rows and alike at more (docs/adr/0010); elsewhere by oneDNN's.
+On one core with a bfloat16 unit by the project's own kernel, which was measured 1.3 to 1.7 times as fast as oneDNN's at
+1 to 8 rows and alike at more (docs/adr/0011); elsewhere by oneDNN's.
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from torch import nn
 
-from kvbaton.model.cpu import product_kernel
+from kvbaton.model.cpu import numeric, product_kernel
 from kvbaton.model.cpu.allocator import LargePages
 
 _onednn = torch.ops.mkldnn._linear_pointwise.default
@@ -32,6 +33,11 @@ def can_pack(dtype: torch.dtype) -> bool:
     return supported
 
 
+def is_packable(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether a `PackedLinear` can take the module's place."""
+    return type(module) is nn.Linear and can_pack(module.weight.dtype)
+
+
 class PackedLinear(nn.Module):
     """`x @ weight.T + bias` for x [..., in_features], as `nn.Linear` has it; the weight cannot be read back."""
 
@@ -40,7 +46,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         # The kernel knows one core; oneDNN divides its work among threads.
-        self._own = product_kernel.has_bfloat16_unit() and torch.get_num_threads() == 1 and self.in_features % 2 == 0
+        self._own = numeric.has_bfloat16_unit() and torch.get_num_threads() == 1 and self.in_features % 2 == 0
         if self._own:
             self._packed = _PAGES.copy(product_kernel.pack(weight.detach()))
             self._bias = np.empty(0, np.float32) if bias is None else bias.detach().float().numpy()
@@ -49,7 +55,9 @@ class PackedLinear(nn.Module):
             self._onednn_bias = None if bias is None else bias.detach()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Returns [..., out_features]."""
+        """Returns [..., out_features]. Raises ValueError for rows of another width or dtype: the kernel cannot tell."""
+        if rows.shape[-1] != self.in_features or rows.dtype is not torch.bfloat16:
+            raise ValueError(f"rows of {self.in_features} bfloat16 are needed, not {tuple(rows.shape)} {rows.dtype}")
         if not self._own:
             result: torch.Tensor = _onednn(rows, self._packed, self._onednn_bias, "none", [], "")
             return result

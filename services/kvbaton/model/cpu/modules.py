@@ -1,5 +1,6 @@
 """Modules that take the place of a model's own on a CPU: the same function, in fewer passes over memory."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ class CompiledRmsNorm(nn.Module):
         self.epsilon = np.float32(epsilon)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., dim] to [..., dim]."""
+        """[..., dim] to [..., dim]. Raises ValueError for another dim, beyond which the kernel would read."""
+        if hidden_states.shape[-1] != len(self.weights):
+            raise ValueError(f"rows of {len(self.weights)} are normalised, not {tuple(hidden_states.shape)}")
         hidden_states = hidden_states.contiguous()
         output, dim = torch.empty_like(hidden_states), hidden_states.shape[-1]
         rms_norm(as_array(hidden_states.view(-1, dim)), self.weights, self.epsilon, as_array(output.view(-1, dim)))
@@ -31,8 +34,10 @@ class CompiledRmsNorm(nn.Module):
 class FusedGatedMlp(nn.Module):
     """`down(activation(gate(x)) * up(x))` with gate and up in one product."""
 
-    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: Any) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], activation: Any) -> None:
+        """`linears` are gate, up and down."""
         super().__init__()
+        gate, up, down = linears
         self._gate_up = PackedLinear.of([gate, up])
         self._down = PackedLinear.of([down])
         probe = torch.linspace(-8, 8, 65)

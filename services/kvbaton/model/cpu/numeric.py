@@ -4,6 +4,7 @@ Numba has no bfloat16, and needs none: widening is a shift, narrowing a rounding
 bfloat16 and `float32` for float32, and `load` and `store` know which.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import config as _config
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic as _numba_intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,6 +42,17 @@ def _cache_folder() -> Path | None:
 
 
 _FOLDER = _cache_folder()
+
+
+@functools.cache
+def has_bfloat16_unit() -> bool:
+    """Whether kernels are compiled for a processor with AVX-512's bfloat16 unit: this one, or what numba was told."""
+    return _has_unit(cpu_target.target_context.codegen())
+
+
+def _has_unit(codegen: Any) -> bool:
+    features: str = codegen.magic_tuple()[2]
+    return "+avx512bf16" in features.split(",")
 
 
 def kernel(function: F) -> F:
@@ -130,9 +143,22 @@ def element(typing_context: Any, value: Any, like: Any) -> Any:
     def narrow(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if signature.args[1] == types.float32:
             return arguments[0]
-        return builder.bitcast(builder.fptrunc(arguments[0], Bfloat()), ir.IntType(16))
+        if _has_unit(context.codegen()):
+            return builder.bitcast(builder.fptrunc(arguments[0], Bfloat()), ir.IntType(16))
+        return _rounded(builder, builder.bitcast(arguments[0], ir.IntType(32)))
 
     return like(types.float32, like), narrow
+
+
+def _rounded(builder: Any, bits: Any) -> Any:
+    """Rounding in integers: for other processors LLVM calls a function of the C library, which few have."""
+    word, half = ir.IntType(32), ir.IntType(16)
+    high = builder.lshr(bits, word(16))
+    nearest = builder.add(builder.add(bits, word(0x7FFF)), builder.and_(high, word(1)))
+    is_nan = builder.icmp_unsigned(">", builder.and_(bits, word(0x7FFFFFFF)), word(0x7F800000))
+    # A NaN must not carry over into infinity, and stays one without the bits that are cut off.
+    chosen = builder.select(is_nan, builder.or_(high, word(0x40)), builder.lshr(nearest, word(16)))
+    return builder.trunc(chosen, half)
 
 
 @inlined

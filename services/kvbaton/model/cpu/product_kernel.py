@@ -7,10 +7,8 @@ A tile of up to 6 rows and one panel is summed in registers (Goto and van de Gei
 so that its part stays in the first cache while all rows pass over it.
 """
 
-import functools
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy as np
 import torch
@@ -36,13 +34,6 @@ _FEW_ROWS = 16
 others find in the first cache."""
 _FEW_ROWS_PAIRS = 16
 _PAIRS = 128
-
-
-@functools.cache
-def has_bfloat16_unit() -> bool:
-    """Whether this machine has the instruction."""
-    features: dict[str, bool] = llvmlite.binding.get_host_cpu_features()
-    return features.get("avx512bf16", False)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

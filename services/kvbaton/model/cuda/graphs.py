@@ -13,7 +13,7 @@ import torch
 
 from kvbaton.engine.scheduler import Batch, Slice
 from kvbaton.model.attention import PagedAttention
-from kvbaton.model.loader import Forward
+from kvbaton.model.forward import Forward
 from kvbaton.model.ragged import RaggedBatch, Varlen
 from kvbaton.model.store import TorchKvStore
 from kvbaton.model.trial import first_line
