@@ -41,7 +41,7 @@ class Terminal:
     def __init__(self, router: FakeRouter, address: str) -> None:
         self.router, self.address = router, address
 
-    async def run(self, *arguments: str, stdin: str = "") -> Result:
+    async def run(self, *arguments: str, stdin: str | bytes = "") -> Result:
         """The command with its own event loop, in a thread."""
         command = ["generate", "--router", self.address, *arguments]
         return await asyncio.to_thread(CliRunner().invoke, main, command, stdin)
@@ -148,8 +148,28 @@ async def test_logprobs_are_for_scripts() -> None:
 
 async def test_a_prompt_comes_from_standard_input() -> None:
     async with terminal() as shell:
-        await shell.run("--raw", "-", stdin="two\nlines")
+        await shell.run("--raw", "-", stdin="two\nlines\n")
     assert shell.router.requests[0].prompt.text == "two\nlines"
+
+
+async def test_standard_input_that_is_no_text_is_a_usage_error() -> None:
+    async with terminal() as shell:
+        result = await shell.run("-", stdin=b"\xff\xfe")
+    assert result.exit_code == 2
+    assert "standard input is no text" in result.stderr
+    assert shell.router.requests == []
+
+
+async def test_a_worker_that_did_it_all_is_named_alone() -> None:
+    async def locally(request: Any, context: Any) -> None:
+        await context.write(pb.GenerateResponse(tokens=token_event(0, 10, text="a")))
+        await context.write(
+            pb.GenerateResponse(finished=pb.GenerateFinished(prefill_worker="u:1", decode_worker="u:1"))
+        )
+
+    async with terminal(locally) as shell:
+        result = await shell.run("hi")
+    assert result.stderr.endswith("; all by u:1]\n")
 
 
 @pytest.mark.parametrize("error", [InvalidArgumentError("top_p", "is odd"), OverloadedError("full")])

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from kvbaton.cli.main import main
 from kvbaton.engine.errors import InvalidArgumentError
 from kvbaton.v1 import worker_pb2 as pb
-from support.fakes import FakeWorkerStatus, forever, served
+from support.fakes import FakeRouter, FakeWorkerStatus, forever, served
 
 
 class Worker(FakeWorkerStatus):
@@ -95,3 +95,9 @@ def test_a_worker_that_cannot_be_asked(address: str, problem: str) -> None:
     failed = CliRunner().invoke(main, ["limits", address])
     assert failed.exit_code == 1
     assert problem in failed.stderr
+
+
+async def test_another_service_is_no_worker() -> None:
+    async with served(FakeRouter(forever)) as address:
+        result = await asyncio.to_thread(CliRunner().invoke, main, ["limits", address])
+    assert (result.exit_code, result.stderr) == (1, f"Error: address: {address} is no worker\n")

@@ -189,6 +189,12 @@ def test_values_that_cannot_be_sent_are_refused_here(options: Any, kind: type[Ex
         build_request("hi", options)
 
 
+@pytest.mark.parametrize("options", [{"n": 2**32}, {"top_k": -1}, {"temperature": "hot"}])
+def test_a_number_that_cannot_be_sent_is_named(options: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(options))}: "):
+        build_request("hi", options)
+
+
 @given(st.lists(st.integers(0, 2**32 - 1)))
 def test_token_ids_go_there_and_back(token_ids: list[int]) -> None:
     packed = _requests.pack_token_ids(token_ids)

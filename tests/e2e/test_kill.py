@@ -1,16 +1,19 @@
-"""A worker that dies ends its requests quickly and cleanly: the client is told, the survivor holds nothing."""
+"""A service that dies ends its requests quickly and cleanly: the client is told, the survivors hold nothing."""
 
+import asyncio
 import os
 import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvbaton.cli.deployment import Deployment, UpConfig, deployed
-from kvbaton.client import AsyncClient, UnavailableError
+from kvbaton.client import AsyncClient, GenerationResult, UnavailableError
+from kvbaton.text.bundled import DEFAULT_MODEL
 from support import tiny_models
 from support.cluster import assert_idle, wait_for_status
 
@@ -25,8 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[tuple[Deployment, AsyncClient]]:
-    config = UpConfig(model=str(folder), port=0, kv_memory="16MiB", max_prefill_tokens=32, grace_seconds=0.5)
+async def running(folder: Path | str, **options: Any) -> AsyncIterator[tuple[Deployment, AsyncClient]]:
+    options = {"kv_memory": "16MiB", "max_prefill_tokens": 32, **options}
+    config = UpConfig(model=str(folder), port=0, grace_seconds=0.5, **options)
     async with deployed(config, lambda *_: None) as deployment, AsyncClient(deployment.address) as client:
         yield deployment, client
 
@@ -72,3 +76,37 @@ async def test_decode_worker_dies_while_it_receives(folder: Path) -> None:
             await generation.result()
         assert time.monotonic() - killed_at < NOTICED_SECONDS
         await assert_idle(prefill.address)
+
+
+CROWD: list[dict[str, Any]] = [
+    {"n": 4, "temperature": 1.0, "logprobs": 2},
+    {"regex": "[a-z ]{600,700}", "temperature": 1.0},
+    {"n": 2, "stop": ["\0"], "priority": 1},
+    *[{}] * 4,
+]
+
+
+@pytest.mark.parametrize("victim", ["decode", "router"])
+async def test_a_crowd_that_is_handed_back_and_resumed_hears_of_it(victim: str) -> None:
+    # Eleven answers of 600 tokens, and room for one.
+    async with running(DEFAULT_MODEL, kv_memory="1MiB") as (deployment, client):
+        prefill, decode, router = deployment.prefill[0], deployment.decode[0], deployment.router
+        assert router is not None
+
+        async def ask(options: dict[str, Any]) -> GenerationResult | UnavailableError:
+            ending = "regex" not in options
+            generation = client.generate("The red lamp", max_tokens=600, ignore_eos=ending, timeout=60, **options)
+            try:
+                return await generation.result()
+            except UnavailableError as error:
+                return error
+
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(ask(options)) for options in CROWD]
+            await wait_for_status(decode.address, lambda s: s.counters.requests_preempted >= 3)
+            killed = {"decode": decode, "router": router}[victim]
+            os.kill(killed.pid, signal.SIGKILL)
+            _, waiting = await asyncio.wait(asked, timeout=NOTICED_SECONDS)
+            assert not waiting
+        assert any(isinstance(task.result(), UnavailableError) for task in asked)
+        await assert_idle(*(process.address for process in (prefill, decode) if process is not killed))

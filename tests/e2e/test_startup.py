@@ -14,18 +14,20 @@ from kvbaton.prefill.service import serve_prefill
 from kvbaton.router.config import RouterConfig
 from kvbaton.router.service import serve_router
 from kvbaton.rpc.errors import root_cause
+from kvbaton.text.bundled import DEFAULT_MODEL
 from support import tiny_models
 from support.cluster import serving_in_loop
+from support.tokenizers import train
 
 
-async def router_refusal(prefill: Path, decode: Path, swap: bool = False) -> BaseException:
-    """What a router over these two workers ends with."""
+async def router_refusal(prefill: Path, decode: Path, swap: bool = False, router: Path | None = None) -> BaseException:
+    """What a router over these two workers ends with; its tokenizer is the prefill worker's unless told otherwise."""
     async with (
         serving_in_loop(serve_prefill, PrefillConfig(model=str(prefill), port=0, kv_memory="1MiB")) as first,
         serving_in_loop(serve_decode, DecodeConfig(model=str(decode), port=0, kv_memory="1MiB")) as second,
     ):
         addresses = (second.address, first.address) if swap else (first.address, second.address)
-        config = RouterConfig(model=str(prefill), prefill=addresses[:1], decode=addresses[1:], port=0)
+        config = RouterConfig(model=str(router or prefill), prefill=addresses[:1], decode=addresses[1:], port=0)
         with pytest.raises(BaseExceptionGroup) as caught:
             await serve_until_it_fails(config)
         return root_cause(caught.value)
@@ -44,6 +46,14 @@ async def test_workers_of_different_models(tmp_path: Path) -> None:
     assert "serves model" in str(error)
     assert "'one'" in str(error)
     assert "'other'" in str(error)
+
+
+async def test_a_router_that_was_not_told_the_model(tmp_path: Path) -> None:
+    model = tiny_models.save_tiny_model("llama", tmp_path / "one")
+    train(None).save_pretrained(model)
+    error = await router_refusal(model, model, router=Path(DEFAULT_MODEL))
+    assert isinstance(error, StartupError)
+    assert "serves 'one', whose tokenizer is not that of the router's --model" in str(error)
 
 
 async def test_workers_in_each_others_place(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from support.cluster import Cluster, mixed_cluster, worker_status
 
 FOLDER = Path(resolve_model(DEFAULT_MODEL))
 PROMPT = "Who has the red lamp?"
+EOS = 2
 OPTIONS: dict[str, Any] = {"max_tokens": 200, "temperature": 1.0, "timeout": 120}
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -60,6 +61,20 @@ async def test_every_answer_has_its_form(services: Cluster) -> None:
             assert result.finish_reason == "length" or isinstance(json.loads(result.text), dict)
         for result in await ask_all(client, 2, grammar='start: "a" ("," "b")~2'):
             assert result.text == "a,b,b"
+
+
+async def test_a_form_that_the_allowed_tokens_cannot_spell_is_refused_when_that_shows(services: Cluster) -> None:
+    async with AsyncClient(services.router) as client:
+        *_, letter = await client.tokenize("xb")
+        for regex, fits in (("b{2,4}", True), ("b{3}c", False), ("[0-9]", False)):
+            generation = client.generate(PROMPT, regex=regex, allowed_token_ids=[letter, EOS], **OPTIONS)
+            if fits:
+                assert re.fullmatch(regex, (await generation.result()).text)
+                continue
+            with pytest.raises(InvalidArgumentError, match="structured_output: nothing is left"):
+                await generation.result()
+    workers = [address for address in (services.prefill, services.decode, services.unified) if address]
+    assert not any([(await worker_status(address)).counters.requests_not_a_number for address in workers])
 
 
 async def test_n_answers_have_it_and_differ(services: Cluster) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kvbaton.engine.errors import InvalidArgumentError, NotANumberError
-from kvbaton.engine.output import NO_TOKEN, NOT_A_NUMBER, SampledToken, StepOutput, TokenLogprobs
+from kvbaton.engine.output import NOT_A_NUMBER, NOTHING_ALLOWED, SampledToken, StepOutput, TokenLogprobs
 from kvbaton.engine.request import Phase, Route
 from support.requests import new_request
 from support.scheduling import EOS, NEVER_EOS, add, ended, output, params, scheduler, step
@@ -46,29 +46,20 @@ def test_logits_that_are_not_numbers_end_that_request_alone(route: Route) -> Non
     of.check_integrity()
 
 
-def test_a_request_whose_masks_leave_nothing_is_told_which_and_harms_no_cache() -> None:
+@pytest.mark.parametrize(
+    ("constraint", "field"), [(None, "allowed_token_ids"), (NoNines(), "structured_output")], ids=str
+)
+def test_a_request_that_allows_nothing_is_the_callers_mistake(constraint: NoNines | None, field: str) -> None:
     of = scheduler()
-    prompt = list(range(10, 30))
-    of.add(new_request("bad", prompt, params(4, banned_token_ids=frozenset({7})), Route.LOCAL), 0.0)
+    of.add(new_request("bad", [11], params(4), constraint=constraint), 0.0)
     of.admit(0.0)
-    of.commit(of.schedule(0.0), output(NEVER_EOS), 0.0)
-    num_cached = of.pool.num_cached
-    ((failed, error),) = of.commit(of.schedule(0.0), output(NO_TOKEN), 0.0).failed
-    assert failed.request_id == "bad"
+    ((failed, error),) = of.commit(of.schedule(0.0), output(NOTHING_ALLOWED), 0.0).failed
     assert isinstance(error, InvalidArgumentError)
-    assert str(error) == "banned_token_ids: nothing is left that token 1 could be"
+    assert str(error) == f"{field}: nothing is left that may be token 0 of the answer"
+    assert ended(failed)
+    assert failed.output == []
     assert of.counters.requests_not_a_number == 0
-    assert of.pool.num_cached > num_cached, "its blocks are known, and free now"
     of.check_integrity()
-
-
-def test_logits_that_leave_nothing_by_themselves_are_no_numbers() -> None:
-    of = scheduler()
-    add(of, "a")
-    of.admit(0.0)
-    ((_, error),) = of.commit(of.schedule(0.0), output(NO_TOKEN), 0.0).failed
-    assert isinstance(error, NotANumberError)
-    assert of.counters.requests_not_a_number == 1
 
 
 def test_a_decode_may_end_so_too() -> None:

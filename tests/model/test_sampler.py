@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvbaton.engine.output import NO_TOKEN, NOT_A_NUMBER
+from kvbaton.engine.output import NOT_A_NUMBER, NOTHING_ALLOWED
 from kvbaton.model import sampler
 from kvbaton.model.sampler import most_likely, sample
 from kvbaton.model.sampling_rows import SamplingRow
@@ -120,14 +120,14 @@ def test_a_row_without_an_answer_ends_alone(bad: str, changes: dict[str, Any]) -
     logits[1] = torch.tensor(NO_ANSWER[bad])
     found = sample(logits, rows, EOS)
     assert [found[0], found[2]] == [expected[0], expected[2]]
-    assert (found[1].token_id, found[1].logprobs) == (NO_TOKEN if bad == "nothing" else NOT_A_NUMBER, None)
+    assert (found[1].token_id, found[1].logprobs) == (NOT_A_NUMBER, None)
 
 
-def test_masks_that_leave_nothing_are_no_answer() -> None:
+def test_masks_that_leave_nothing_are_no_answer_and_no_fault_of_the_models() -> None:
     logits = torch.full((2, 8), -INF)
     logits[:, :4] = 0
-    rows = [row(allowed_token_ids=frozenset({6, 7})), row(allowed_token_ids=frozenset({3, 7}))]
-    assert tokens_of(logits, rows) == [NO_TOKEN, 3]
+    rows = [row(allowed_token_ids=frozenset({6, 7}), logprobs=1), row(allowed_token_ids=frozenset({3, 7}))]
+    assert tokens_of(logits, rows) == [NOTHING_ALLOWED, 3]
 
 
 def test_what_is_no_number_but_masked_does_not_matter() -> None:

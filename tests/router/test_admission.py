@@ -249,6 +249,12 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(prompt: pb.P
         check_prompt_size(prompt, FakeTokenizer(), 64)
 
 
+@pytest.mark.parametrize("tokenizer", [FakeTokenizer(), None])
+def test_more_messages_than_the_context_has_tokens_are_refused(tokenizer: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^prompt\.chat\.messages: 65 messages exceed"):
+        check_prompt_size(chat(*[("user", "")] * 65), tokenizer, 64)
+
+
 @pytest.mark.parametrize("prompt", [pb.Prompt(), pb.Prompt(text="a" * 64), chat(("user", "a" * 64))])
 def test_a_prompt_that_may_fit_is_left_to_the_tokenizer(prompt: pb.Prompt) -> None:
     check_prompt_size(prompt, FakeTokenizer(), 64)

@@ -27,7 +27,7 @@ class Known:
         self.d1, self.d2 = (Worker(f"d{n}:1", DECODE, no_channel) for n in (1, 2))
         self.readiness: list[bool] = []
         workers = [self.p1, self.p2, self.d1, self.d2]
-        self.registry = Registry(workers, self.readiness.append, _rng=random.Random(0))
+        self.registry = Registry(workers, self.readiness.append, vocabulary_digest="ab", _rng=random.Random(0))
 
     def seen(self, worker: Worker, **changes: Any) -> None:
         values = {"role": worker.role, "incarnation": "1", "model": model_info(), "limits": LIMITS, **changes}
@@ -117,6 +117,7 @@ CONTRADICTIONS = [
     ({"model": model_info(fingerprint=fingerprint(architecture="X"))}, "d1:1 serves architecture 'X'"),
     ({"model": model_info(fingerprint=fingerprint(weights_digest="X"))}, "d1:1 serves weights 'X'"),
     ({"model": model_info(fingerprint=fingerprint(kv_dtype="X"))}, "d1:1 serves KV dtype 'X'"),
+    ({"model": model_info(vocabulary_digest="cd")}, "d1:1 serves 'fake', whose tokenizer is not that of the router's"),
 ]
 
 
@@ -127,6 +128,17 @@ def test_a_contradiction_before_the_first_readiness_ends_the_router(
     known.seen(known.p1)
     with pytest.raises(StartupError, match=problem):
         known.seen(known.d1, **changes)
+
+
+def test_a_worker_may_have_the_routers_tokenizer_or_none(known: Known) -> None:
+    known.seen(known.p1, model=model_info(vocabulary_digest="ab"))
+    known.seen(known.d1, model=model_info())
+    assert known.chosen() == {"p1:1", "d1:1"}
+
+
+def test_the_first_worker_must_have_the_routers_tokenizer(known: Known) -> None:
+    with pytest.raises(StartupError, match="p1:1 serves 'fake', whose tokenizer"):
+        known.seen(known.p1, model=model_info(vocabulary_digest="cd"))
 
 
 @pytest.mark.parametrize(("changes", "problem"), CONTRADICTIONS)

@@ -157,6 +157,9 @@ async def test_more_requests_than_allowed_are_refused_until_one_has_ended() -> N
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.details() == "2 requests are in flight already"
         assert len(router.decode.requests) == 2
+        # What waits for the tokenizer is held in memory as well.
+        with pytest.raises(grpc.aio.AioRpcError, match="2 requests are in flight already"):
+            await router.stub.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text="hello")))
         router.decode.script = decode_two
         calls[0].cancel()
         await router.decode.cancelled.wait()

@@ -150,6 +150,8 @@ def make_engine(runner: FakeRunner, limits: Limits, num_blocks: int = 32, max_mo
 class FakeTokenizer:
     """What a detokenizer needs of a tokenizer: the text of token 12 is "<12>"."""
 
+    special_token_ids: frozenset[int] = frozenset()
+
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(f"<{token_id}>" for token_id in token_ids)
 

@@ -1,5 +1,7 @@
 """Text comes token by token, never with half a character, and the same after a resume as without one."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -93,6 +95,18 @@ def test_a_resume_in_the_middle_of_a_character_shows_it_once(tokenizer: Tokenize
 
 
 @quick
+@given(broken=st.lists(st.integers(0x80, 0xFF), min_size=60, max_size=140), data=st.data())
+def test_a_long_run_of_broken_bytes_is_resumed_too(
+    tokenizer: Tokenizer, broken: list[int], data: st.DataObject
+) -> None:
+    prompt, output = tokenizer.encode("the "), [_byte_tokens(tokenizer)[byte] for byte in broken]
+    cut = data.draw(st.integers(0, len(output)))
+    unbroken = stream(tokenizer, prompt, output)
+    assert "".join(unbroken) == tokenizer.decode(output)
+    assert stream(tokenizer, prompt + output[:cut], output[cut:]) == unbroken[cut:]
+
+
+@quick
 @given(text=st.text(alphabet="the ban.é接🎉🏃", min_size=1, max_size=20), data=st.data())
 def test_tokens_of_one_byte_each_stream_and_resume_too(
     byte_fallback_tokenizer: Tokenizer, text: str, data: st.DataObject
@@ -109,6 +123,25 @@ def test_a_long_run_of_broken_bytes_is_shown_as_it_grows(tokenizer: Tokenizer) -
     pieces = stream(tokenizer, tokenizer.encode("the "), broken)
     assert "".join(pieces) == REPLACEMENT * 50
     assert len(pieces[-1]) < 8
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_gives_no_certain_text_for_long_is_not_decoded_again_and_again(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    end = 1
+    run = [_byte_tokens(tokenizer)[0xFF] if broken else end] * 500
+    detokenizer = IncrementalDetokenizer(tokenizer, tokenizer.encode("the "))
+    decode, lengths = tokenizer.decode, []
+
+    def counted(token_ids: Sequence[int]) -> str:
+        lengths.append(len(token_ids))
+        return decode(token_ids)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    text = detokenizer.push([*run, *tokenizer.encode(" baton")]) + detokenizer.flush()
+    assert text == (REPLACEMENT * 500 if broken else "") + " baton"
+    assert max(lengths) <= 64
 
 
 def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvbaton.engine.sampling import SamplingParams
+from kvbaton.engine.sampling import FinishReason, SamplingParams
 from kvbaton.text.detokenizer import IncrementalDetokenizer
 from kvbaton.text.output import OutputText, TextUpdate
 from kvbaton.text.tokenizer import Tokenizer
 
 VOCAB = 340
+LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
 PLAIN = SamplingParams(max_tokens=100, seed=0)
 
 TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=30)
@@ -37,7 +38,7 @@ def with_stop(*stop: str, include: bool = False, min_tokens: int = 0) -> Samplin
 
 
 def by_token(output: OutputText, tokens: list[int]) -> list[TextUpdate]:
-    return [output.push([token], last=at == len(tokens) - 1) for at, token in enumerate(tokens)]
+    return [output.push([token], LENGTH if at == len(tokens) - 1 else None) for at, token in enumerate(tokens)]
 
 
 def expected(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], sampling: SamplingParams) -> TextUpdate:
@@ -73,18 +74,16 @@ def test_a_stop_string_ends_the_text(tokenizer: Tokenizer, sampling: SamplingPar
 
 def test_what_may_be_a_stop_string_is_held_back_and_released(tokenizer: Tokenizer) -> None:
     output = OutputText(tokenizer, [], [], with_stop("the end"))
-    assert output.push(tokenizer.encode("in the "), last=False).text == "in "
-    assert output.push(tokenizer.encode("th"), last=False).text == "the "
-    assert output.push(tokenizer.encode("is"), last=False).text == "this"
-    assert output.push(tokenizer.encode(" the e"), last=True).text == " the e"
+    assert output.push(tokenizer.encode("in the ")).text == "in "
+    assert output.push(tokenizer.encode("th")).text == "the "
+    assert output.push(tokenizer.encode("is")).text == "this"
+    assert output.push(tokenizer.encode(" the e"), LENGTH).text == " the e"
 
 
 def test_a_stop_string_that_is_shown_is_not_held_back(tokenizer: Tokenizer) -> None:
     output = OutputText(tokenizer, [], [], with_stop("the end", include=True))
-    assert output.push(tokenizer.encode("in the "), last=False).text == "in the "
-    assert output.push(tokenizer.encode("ends"), last=False) == TextUpdate(
-        "end", len(tokenizer.encode("end")), "the end"
-    )
+    assert output.push(tokenizer.encode("in the ")).text == "in the "
+    assert output.push(tokenizer.encode("ends")) == TextUpdate("end", len(tokenizer.encode("end")), "the end")
 
 
 def test_a_stop_string_of_several_bytes_a_character(tokenizer: Tokenizer) -> None:
@@ -98,25 +97,44 @@ def test_tokens_beyond_the_stop_string_are_not_part_of_the_answer(tokenizer: Tok
     output = OutputText(tokenizer, [], [], with_stop("a"))
     used = len(tokenizer.encode("the ba"))
     tokens = [*tokenizer.encode("the ba"), *tokenizer.encode(" line"), *tokenizer.encode("!")]
-    assert output.push(tokens, last=True) == TextUpdate("the b", used, "a")
-    assert output.push(tokens, last=True) == TextUpdate("", 0, "a")
+    assert output.push(tokens, LENGTH) == TextUpdate("the b", used, "a")
+    assert output.push(tokens, LENGTH) == TextUpdate("", 0, "a")
 
 
 def test_a_stop_string_before_min_tokens_does_not_count(tokenizer: Tokenizer) -> None:
     once = tokenizer.encode("é")
     output = OutputText(tokenizer, [], [], with_stop("é", min_tokens=2 * len(once)))
-    assert output.push(once + once, last=False) == TextUpdate("éé", 2 * len(once), None)
-    assert output.push(once, last=False) == TextUpdate("", len(once), "é")
+    assert output.push(once + once) == TextUpdate("éé", 2 * len(once), None)
+    assert output.push(once) == TextUpdate("", len(once), "é")
 
 
 def test_the_prompt_s_end_is_no_part_of_a_stop_string(tokenizer: Tokenizer) -> None:
     output = OutputText(tokenizer, tokenizer.encode("the e"), [], with_stop("end"))
-    assert output.push(tokenizer.encode("nd"), last=True).text == "nd"
+    assert output.push(tokenizer.encode("nd"), LENGTH).text == "nd"
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_token_that_ends_the_answer_is_shown_where_stop_strings_are(tokenizer: Tokenizer, include: bool) -> None:
+    *_, last = tokens = tokenizer.encode("the baton")
+    text = tokenizer.decode([last])
+    assert text
+    # Its text is no stop string either, unless it is shown.
+    for stop in ((), (text,)):
+        output = OutputText(tokenizer, [], [], with_stop(*stop, include=include))
+        update = output.push(tokens, STOP)
+        assert update.text == ("the baton" if include else "the baton".removesuffix(text))
+        assert (update.num_tokens, update.stop) == (len(tokens), text if include and stop else None)
+
+
+def test_a_token_that_ends_the_answer_releases_what_was_held_back(tokenizer: Tokenizer) -> None:
+    output = OutputText(tokenizer, [], [], with_stop("the end"))
+    assert output.push(tokenizer.encode("the e")).text == ""
+    assert output.push([tokenizer.encode("n")[0]], STOP) == TextUpdate("the e", 1, None)
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
     output = OutputText(None, [1, 2], [3], with_stop("a"))
-    assert output.push([4, 5], last=True) == TextUpdate("", 2, None)
+    assert output.push([4, 5], LENGTH) == TextUpdate("", 2, None)
 
 
 @quick
@@ -131,7 +149,7 @@ def test_any_cutting_into_pushes_gives_the_text_up_to_the_first_stop_string(
     start = 0
     while start < len(tokens):
         end = start + data.draw(st.integers(1, 6))
-        update = output.push(tokens[start:end], last=end >= len(tokens))
+        update = output.push(tokens[start:end], LENGTH if end >= len(tokens) else None)
         text, count, stop, start = text + update.text, count + update.num_tokens, update.stop, end
     assert TextUpdate(text, count, stop) == expected(tokenizer, prompt_ids, tokens, sampling)
 

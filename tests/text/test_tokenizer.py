@@ -9,6 +9,7 @@ import pytest
 
 from kvbaton.engine.errors import InvalidArgumentError, StartupError
 from kvbaton.text.tokenizer import Tokenizer, load_tokenizer
+from support.tokenizers import train
 
 
 def copy_of(folder: Path, to: Path) -> Path:
@@ -18,6 +19,11 @@ def copy_of(folder: Path, to: Path) -> Path:
 @pytest.mark.parametrize("text", ["", "the baton", "Zoë's café", "接力棒 🎉", "a , b n't .", "\n\t  "])
 def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_digest_tells_vocabularies_apart(tokenizer: Tokenizer, byte_fallback_tokenizer: Tokenizer) -> None:
+    assert tokenizer.digest == Tokenizer(train(None)).digest
+    assert tokenizer.digest != byte_fallback_tokenizer.digest
 
 
 def test_a_configuration_that_cleans_up_spaces_changes_no_text(saved: Path, tmp_path: Path) -> None:

@@ -132,7 +132,11 @@ def build_request(prompt: PromptLike, options: GenerateOptions) -> pb.GenerateRe
     sampling = types.SamplingParams(**{name: given[name] for name in _LISTS if name in given})
     for name in _SAMPLING:
         if name in given:
-            setattr(sampling, name, given[name])
+            try:
+                setattr(sampling, name, given[name])
+            except (TypeError, ValueError) as error:
+                # Protobuf's own message does not say which.
+                raise type(error)(f"{name}: {error}") from error
     stop = given.get("stop", ())
     sampling.stop.extend([stop] if isinstance(stop, str) else stop)
     for token_id, bias in given.get("logit_bias", {}).items():

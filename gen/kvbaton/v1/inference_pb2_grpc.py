@@ -70,7 +70,8 @@ class InferenceServiceServicer(object):
 
     def Tokenize(self, request, context):
         """Tokenize returns the token ids that Generate would compute for the same prompt.
-        Fails with INVALID_ARGUMENT, or UNAVAILABLE while no worker has connected. Safe to retry.
+        Fails with INVALID_ARGUMENT, RESOURCE_EXHAUSTED (too many requests in flight; retry after the delay in RetryInfo),
+        or UNAVAILABLE while no worker has connected. Safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

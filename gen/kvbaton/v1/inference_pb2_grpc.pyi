@@ -119,7 +119,8 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
 
     Tokenize: _InferenceServiceTokenizeType
     """Tokenize returns the token ids that Generate would compute for the same prompt.
-    Fails with INVALID_ARGUMENT, or UNAVAILABLE while no worker has connected. Safe to retry.
+    Fails with INVALID_ARGUMENT, RESOURCE_EXHAUSTED (too many requests in flight; retry after the delay in RetryInfo),
+    or UNAVAILABLE while no worker has connected. Safe to retry.
     """
 
     ListModels: _InferenceServiceListModelsType
@@ -166,7 +167,8 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[kvbaton.v1.inference_pb2.TokenizeResponse, collections.abc.Awaitable[kvbaton.v1.inference_pb2.TokenizeResponse]]:
         """Tokenize returns the token ids that Generate would compute for the same prompt.
-        Fails with INVALID_ARGUMENT, or UNAVAILABLE while no worker has connected. Safe to retry.
+        Fails with INVALID_ARGUMENT, RESOURCE_EXHAUSTED (too many requests in flight; retry after the delay in RetryInfo),
+        or UNAVAILABLE while no worker has connected. Safe to retry.
         """
 
     @abc.abstractmethod

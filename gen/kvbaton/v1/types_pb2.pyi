@@ -204,20 +204,22 @@ class KvGeometry(_message.Message):
     def __init__(self, layer_groups: _Optional[_Iterable[_Union[LayerGroup, _Mapping]]] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "fingerprint", "kv_geometry", "vocab_size", "max_model_len", "eos_token_ids")
+    __slots__ = ("name", "fingerprint", "kv_geometry", "vocab_size", "max_model_len", "eos_token_ids", "vocabulary_digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     KV_GEOMETRY_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     fingerprint: ModelFingerprint
     kv_geometry: KvGeometry
     vocab_size: int
     max_model_len: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[_Union[ModelFingerprint, _Mapping]] = ..., kv_geometry: _Optional[_Union[KvGeometry, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    vocabulary_digest: str
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[_Union[ModelFingerprint, _Mapping]] = ..., kv_geometry: _Optional[_Union[KvGeometry, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocabulary_digest: _Optional[str] = ...) -> None: ...
 
 class HostIdentity(_message.Message):
     __slots__ = ("boot_id", "shared_memory_device", "gpu_uuids")

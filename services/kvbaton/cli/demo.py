@@ -66,9 +66,10 @@ async def _ask(console: Console, deployment: Deployment, collector: SpanCollecto
     console.print(f"\n[bold]You[/]    {STORY} {QUESTION}\n[bold]Model[/]  ", end="")
     trace_id, traceparent = new_trace()
     async with AsyncClient(deployment.address) as client:
-        # The first request of a fresh deployment also opens connections and fills caches: not what a user would see.
-        warm = client.generate([{"role": "user", "content": f"{STORY} Who has the red lamp?"}], timeout=60)
-        await warm.result()
+        # The first request of a fresh deployment also opens connections: not what a user would see. What it leaves in
+        # the prefix caches is not used, so that the whole prompt is computed and moved before the user's eyes.
+        warm = [{"role": "user", "content": f"{STORY} Who has the red lamp?"}]
+        await client.generate(warm, cache_salt="warm-up", timeout=60).result()
         prompt = [{"role": "user", "content": f"{STORY} {QUESTION}"}]
         generation = client.generate(prompt, timeout=60, metadata=[traceparent])
         try:

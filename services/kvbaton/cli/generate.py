@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
 
 import click
 
@@ -21,6 +21,16 @@ def given_options(options: Mapping[str, Any], as_json: bool) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise click.UsageError(f"--json-schema: {error}") from error
     return given
+
+
+def read_prompt(words: Sequence[str], stdin: TextIO) -> str:
+    """The prompt in words; where it is "-", standard input less the end of its last line. Raises click.UsageError."""
+    if tuple(words) != ("-",):
+        return " ".join(words)
+    try:
+        return stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"standard input is no text: {error}") from error
 
 
 async def run_generate(address: str, text: str, raw: bool, as_json: bool, options: dict[str, Any]) -> int:
@@ -49,11 +59,13 @@ async def run_generate(address: str, text: str, raw: bool, as_json: bool, option
 def summary(result: GenerationResult) -> str:
     """One line about a finished answer."""
     timings, usage = result.timings, result.usage
+    served = f"KV {timings.transfer.payload_bytes / 2**20:.2f} MiB {result.prefill_worker} -> {result.decode_worker}"
+    if result.prefill_worker == result.decode_worker:
+        served = f"all by {result.decode_worker}"
     return (
         f"[{usage.prompt_tokens} prompt + {usage.completion_tokens} generated tokens, {result.finish_reason}; "
         f"first token {timings.time_to_first_token_seconds * 1e3:.0f} ms, "
-        f"total {timings.total_seconds * 1e3:.0f} ms; "
-        f"KV {timings.transfer.payload_bytes / 2**20:.2f} MiB {result.prefill_worker} -> {result.decode_worker}]"
+        f"total {timings.total_seconds * 1e3:.0f} ms; {served}]"
     )
 
 

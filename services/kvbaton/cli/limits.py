@@ -8,7 +8,7 @@ import click
 import grpc
 from google.protobuf.json_format import MessageToDict
 
-from kvbaton.engine.errors import KvbatonError
+from kvbaton.engine.errors import InvalidArgumentError, KvbatonError
 from kvbaton.rpc.errors import from_rpc_error
 from kvbaton.rpc.serving import channel, parse_address
 from kvbaton.v1 import worker_pb2 as pb
@@ -45,4 +45,6 @@ async def _limits(address: str, values: Mapping[str, Any]) -> pb.EngineLimits:
                 return (await stub.SetLimits(pb.SetLimitsRequest(**values), timeout=_TIMEOUT_SECONDS)).limits
             return (await stub.GetStatus(pb.GetStatusRequest(), timeout=_TIMEOUT_SECONDS)).limits
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise InvalidArgumentError("address", f"{address} is no worker") from error
             raise from_rpc_error(error, address) from error

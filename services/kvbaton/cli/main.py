@@ -142,9 +142,9 @@ def demo() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 def generate(prompt: Sequence[str], address: str, raw: bool, as_json: bool, **options: Any) -> None:
     """Ask a router, and print the answer as it streams. A PROMPT of - is read from standard input."""
-    from kvbaton.cli.generate import given_options, run_generate
+    from kvbaton.cli.generate import given_options, read_prompt, run_generate
 
-    text = sys.stdin.read() if tuple(prompt) == ("-",) else " ".join(prompt)
+    text = read_prompt(prompt, sys.stdin)
     sys.exit(asyncio.run(run_generate(address, text, raw, as_json, given_options(options, as_json))))
 
 

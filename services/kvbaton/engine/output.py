@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvbaton.engine.errors import InvalidArgumentError, KvbatonError, NotANumberError
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -24,15 +26,23 @@ class SampledToken:
     """The choice for one slice that samples."""
 
     token_id: int
-    """NOT_A_NUMBER or NO_TOKEN when there is none."""
+    """NOT_A_NUMBER or NOTHING_ALLOWED when there is no answer."""
     logprobs: TokenLogprobs | None = None
 
 
 NOT_A_NUMBER = -1
 """Stands for a token where logits were not numbers: that request ends, and no other."""
 
-NO_TOKEN = -2
-"""Stands for a token where all were masked: what the request asks for excludes itself, and it ends."""
+NOTHING_ALLOWED = -2
+"""The same where the model had an answer, and what the request asks for together allows none."""
+
+
+def no_token_error(why: int, index: int, constrained: bool) -> KvbatonError:
+    """What a request ends with that has one of these two for token `index` of its answer."""
+    if why == NOT_A_NUMBER:
+        return NotANumberError(f"the logits of token {index} are not numbers")
+    name = "structured_output" if constrained else "allowed_token_ids"
+    return InvalidArgumentError(name, f"nothing is left that may be token {index} of the answer")
 
 
 @dataclass(frozen=True, slots=True)

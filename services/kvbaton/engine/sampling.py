@@ -134,12 +134,6 @@ class SamplingParams:
         )
 
     @property
-    def mask_field(self) -> str:
-        """The field by which tokens are excluded, the narrowest one; empty when none is."""
-        fields = ("structured_output", "allowed_token_ids", "banned_token_ids", "min_tokens")
-        return next((name for name in fields if getattr(self, name)), "")
-
-    @property
     def has_penalties(self) -> bool:
         """Whether a token's logit depends on the tokens before it."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

@@ -18,15 +18,9 @@ from dataclasses import dataclass, field
 from kvbaton.engine import chunking, new_request, prefix
 from kvbaton.engine.budget import ChunkBudget, StepShape
 from kvbaton.engine.counters import Counts, EngineCounters
-from kvbaton.engine.errors import (
-    InvalidArgumentError,
-    NotANumberError,
-    OverloadedError,
-    PreemptedError,
-    UnavailableError,
-)
+from kvbaton.engine.errors import InvalidArgumentError, OverloadedError, PreemptedError, UnavailableError
 from kvbaton.engine.new_request import NewRequest
-from kvbaton.engine.output import NO_TOKEN, SampledToken, StepOutput
+from kvbaton.engine.output import NOT_A_NUMBER, NOTHING_ALLOWED, SampledToken, StepOutput, no_token_error
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.ranked import RankedRequests
 from kvbaton.engine.request import Phase, Request, Route
@@ -242,7 +236,7 @@ class Scheduler:
         for piece in batch.slices:
             request = piece.request
             token = next(sampled) if piece.samples else None
-            if token is not None and token.token_id < 0:
+            if token is not None and token.token_id in (NOT_A_NUMBER, NOTHING_ALLOWED):
                 self._no_token(request, token.token_id, result, now)
                 continue
             request.num_computed += piece.num_tokens
@@ -331,18 +325,13 @@ class Scheduler:
             self._decoding.add(request)
         result.sampled.append(TokenSampled(request, len(request.output) - 1, token.token_id, reason, token.logprobs))
 
-    def _no_token(self, request: Request, kind: int, result: StepResult, now: float) -> None:
-        error: Exception
-        field = request.sampling.mask_field
-        if kind == NO_TOKEN and field:
-            error = InvalidArgumentError(field, f"nothing is left that token {len(request.output)} could be")
-        else:
+    def _no_token(self, request: Request, why: int, result: StepResult, now: float) -> None:
+        if why == NOT_A_NUMBER:
             # What made these logits may be in any of its blocks, and must not reach others by the cache.
             self.pool.forget(request.blocks)
             self.counters.requests_not_a_number += 1
-            error = NotANumberError(f"the logits of token {len(request.output)} are not numbers")
         self.fail(request, now)
-        result.failed.append((request, error))
+        result.failed.append((request, no_token_error(why, len(request.output), request.constraint is not None)))
 
     def _finish(self, request: Request, now: float) -> None:
         if request.phase is Phase.WAITING:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvbaton.engine.output import NO_TOKEN, NOT_A_NUMBER, SampledToken
+from kvbaton.engine.output import NOT_A_NUMBER, NOTHING_ALLOWED, SampledToken
 from kvbaton.model.logits_processing import process_logits
 from kvbaton.model.logprobs import token_logprobs
 from kvbaton.model.noise import gumbel_noise, signed
@@ -28,8 +28,8 @@ _CPU_CHUNK, _GPU_CHUNK = 2**16, 2**24
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], eos_token_ids: frozenset[int]) -> list[SampledToken]:
     """One token for each row of `logits` [n, vocab], which are not changed.
 
-    A row whose largest logit, after the masks, is not finite has no answer: its token is NO_TOKEN where all are masked,
-    and NOT_A_NUMBER otherwise.
+    A row whose largest logit, after the masks, is not finite has no answer: its token is NOT_A_NUMBER, or
+    NOTHING_ALLOWED where the largest was finite before them.
     """
     device = logits.device
     asking = [n for n, row in enumerate(rows) if row.constraint is not None or not row.params.is_plain]
@@ -43,6 +43,9 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], eos_token_ids: fro
     tokens = chosen if len(asking) == len(rows) else most_likely(logits).index_copy_(0, index, chosen)
     # The only wait for the device, unless logprobs are asked for.
     sampled = [SampledToken(token_id) for token_id in tokens.tolist()]
+    for n in asking:
+        if sampled[n].token_id == NOT_A_NUMBER and int(most_likely(logits[n : n + 1])) != NOT_A_NUMBER:
+            sampled[n] = SampledToken(NOTHING_ALLOWED)
     reported = [(line, n) for line, n in enumerate(asking) if _reports(rows[n], sampled[n])]
     if reported:
         lines = to_device([line for line, _ in reported], torch.int64, device)
@@ -55,15 +58,14 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], eos_token_ids: fro
 
 
 def _reports(row: SamplingRow, token: SampledToken) -> bool:
-    return row.params.logprobs is not None and token.token_id >= 0
+    return row.params.logprobs is not None and token.token_id not in (NOT_A_NUMBER, NOTHING_ALLOWED)
 
 
 def most_likely(logits: torch.Tensor) -> torch.Tensor:
-    """The largest logit's token of each row [n], the lowest of equal ones; see `sample` where it is not finite."""
+    """The largest logit's token of each row [n], the lowest of equal ones; NOT_A_NUMBER where it is not finite."""
     chosen = _argmax(logits)
-    largest = logits.gather(-1, chosen[:, None])[:, 0]
-    chosen.masked_fill_(largest.isfinite().logical_not_(), NOT_A_NUMBER)
-    return chosen.masked_fill_(largest.isneginf(), NO_TOKEN)
+    finite = logits.gather(-1, chosen[:, None])[:, 0].isfinite()
+    return chosen.masked_fill_(finite.logical_not_(), NOT_A_NUMBER)
 
 
 def _argmax(values: torch.Tensor) -> torch.Tensor:
@@ -87,7 +89,7 @@ def _choose(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
             index = to_device(members, torch.int64, scores.device)
             drawn = draw(scores.index_select(0, index), [rows[n] for n in members])
             best = chosen.index_select(0, index)
-            chosen.index_copy_(0, index, torch.where(best < 0, best, drawn))
+            chosen.index_copy_(0, index, torch.where(best == NOT_A_NUMBER, best, drawn))
     return chosen
 
 

@@ -85,7 +85,10 @@ def check_prompt_size(prompt: pb.Prompt, tokenizer: Tokenizer | None, max_model_
 
     Tokenizing megabytes takes seconds, and other requests wait behind it. Raises InvalidArgumentError.
     """
-    kind = prompt.WhichOneof("kind")
+    kind, num_messages = prompt.WhichOneof("kind"), len(prompt.chat.messages)
+    if num_messages > max_model_len:
+        problem = f"{num_messages} messages exceed the model's context of {max_model_len} tokens"
+        raise InvalidArgumentError("prompt.chat.messages", problem)
     if kind == "tokens":
         size, most, unit = len(prompt.tokens.token_ids) // 4, max_model_len, "tokens"
     elif tokenizer is not None and kind is not None:

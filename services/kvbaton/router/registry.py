@@ -111,6 +111,8 @@ class Registry:
     """Told whenever the router becomes ready, or stops being so."""
     model: types.ModelInfo | None = None
     """What the workers serve; known from the first status on."""
+    vocabulary_digest: str = ""
+    """Of the router's own tokenizer, which makes the token ids that workers get; empty where there is none."""
     _was_ready: bool = False
     _ready: bool = False
     _rng: random.Random = field(default_factory=random.Random)
@@ -166,11 +168,14 @@ class Registry:
     def _contradiction(self, worker: Worker, status: pb.WorkerStatus) -> str:
         if status.role != worker.role:
             return f"{_OPTIONS[worker.role]} {worker.address}: is a {_ROLE_NAMES.get(status.role, 'nameless')} worker"
+        theirs = status.model
+        if self.vocabulary_digest and theirs.vocabulary_digest not in ("", self.vocabulary_digest):
+            return f"{worker.address} serves {theirs.name!r}, whose tokenizer is not that of the router's --model"
         if self.model is None or not any(other.usable for other in self.workers if other is not worker):
             # The first to come, or the first after all others have gone, says what is served from now on.
-            self.model = status.model
+            self.model = theirs
             return ""
-        ours, theirs = self.model, status.model
+        ours = self.model
         for what, mine, other in (
             ("model", ours.name, theirs.name),
             ("architecture", ours.fingerprint.architecture, theirs.fingerprint.architecture),

@@ -31,8 +31,9 @@ async def serve_router(config: RouterConfig, stop: asyncio.Event, started: "asyn
         *_workers(config.workers, UNIFIED),
     ]
     readiness = asyncio.Event()
-    registry = Registry(workers, on_readiness=lambda _: readiness.set())
     tokenizer = load_tokenizer(resolve_model(config.model))
+    digest = tokenizer.digest if tokenizer is not None else ""
+    registry = Registry(workers, on_readiness=lambda _: readiness.set(), vocabulary_digest=digest)
     inference, admin = InferenceServicer(config, registry, tokenizer), AdminServicer(registry)
     services = [inference.registration, admin.registration]
     try:

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import grpc
 from opentelemetry import context as otel_context
@@ -90,19 +91,15 @@ class InferenceServicer(InferenceServiceServicer):
         context: "grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]",
     ) -> None:
         """See the proto."""
-        if self._num_in_flight >= self._config.max_in_flight:
-            raise OverloadedError(f"{self._num_in_flight} requests are in flight already")
         # n is checked later; until then it must not do harm.
-        weight = min(max(request.sampling.n, 1), MAX_N)
-        self._num_in_flight += weight
-        span = telemetry.start_span(telemetry.SPAN_GENERATE)
-        token = otel_context.attach(telemetry.context_with(span))
-        try:
-            await self._generate(request, context, span)
-        finally:
-            self._num_in_flight -= weight
-            otel_context.detach(token)
-            span.end()
+        with self._in_flight(min(max(request.sampling.n, 1), MAX_N)):
+            span = telemetry.start_span(telemetry.SPAN_GENERATE)
+            token = otel_context.attach(telemetry.context_with(span))
+            try:
+                await self._generate(request, context, span)
+            finally:
+                otel_context.detach(token)
+                span.end()
 
     async def Tokenize(
         self,
@@ -110,11 +107,12 @@ class InferenceServicer(InferenceServiceServicer):
         context: "grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse]",
     ) -> pb.TokenizeResponse:
         """See the proto."""
-        model = self._model()
-        check_model(request.model, model)
-        prompt = await self._tokenize(request.prompt, model)
-        check_prompt(prompt, model)
-        return pb.TokenizeResponse(token_ids=pack_token_ids(prompt))
+        with self._in_flight(1):
+            model = self._model()
+            check_model(request.model, model)
+            prompt = await self._tokenize(request.prompt, model)
+            check_prompt(prompt, model)
+            return pb.TokenizeResponse(token_ids=pack_token_ids(prompt))
 
     async def ListModels(
         self,
@@ -144,6 +142,17 @@ class InferenceServicer(InferenceServiceServicer):
         _describe(span, model, dispatch)
         finished = _finished(dispatch, model, relay.timings)
         await context.write(pb.GenerateResponse(finished=finished))
+
+    @contextmanager
+    def _in_flight(self, weight: int) -> Iterator[None]:
+        """Count that many requests for the length of the block. Raises OverloadedError when there are enough."""
+        if self._num_in_flight >= self._config.max_in_flight:
+            raise OverloadedError(f"{self._num_in_flight} requests are in flight already")
+        self._num_in_flight += weight
+        try:
+            yield
+        finally:
+            self._num_in_flight -= weight
 
     def _choose(self) -> Placement:
         routing = telemetry.start_span(telemetry.SPAN_ROUTE)

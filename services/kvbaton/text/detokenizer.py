@@ -6,6 +6,7 @@ depends on the sequence alone, not on where the prompt ends in it, so that a res
 character that the prompt leaves half done is shown whole once it is complete.
 """
 
+import itertools
 from collections.abc import Sequence
 
 from kvbaton.text.tokenizer import REPLACEMENT, Tokenizer
@@ -15,7 +16,8 @@ _MAX_HELD = 2 * _CHARACTER_BYTES - 1
 """Replacement characters at the end that may still become text. Some decoders show one for each byte, and for the bytes
 of the character before, too, until the last character is complete."""
 _CONTEXT_TOKENS = 32
-"""Prompt tokens that prime the decoder: enough to tell a character's bytes from a longer run of broken ones."""
+"""Tokens that tell a character's bytes from a longer run of broken ones: of the prompt they prime the decoder, and of
+such a run they are kept."""
 
 
 class IncrementalDetokenizer:
@@ -49,6 +51,9 @@ class IncrementalDetokenizer:
         return new
 
     def _push(self, token_id: int, tokenizer: Tokenizer) -> str:
+        if token_id in tokenizer.special_token_ids:
+            # As the decoder does; an answer may go on after its end, and have thousands of them.
+            return ""
         self._tokens.append(token_id)
         text = tokenizer.decode(self._tokens)
         held = min(len(text) - len(text.rstrip(REPLACEMENT)), _MAX_HELD)
@@ -59,16 +64,22 @@ class IncrementalDetokenizer:
             del self._tokens[: self._settled]
             self._settled = len(self._tokens)
             self._shown = len(tokenizer.decode(self._tokens))
+        elif len(self._tokens) == 2 * _CONTEXT_TOKENS:
+            # Broken bytes without end: what lies far back has no say in what comes.
+            del self._tokens[:_CONTEXT_TOKENS]
+            self._settled = 0
+            self._shown -= len(text) - len(tokenizer.decode(self._tokens))
         return new
 
     def _prime(self, prompt: Sequence[int], tokenizer: Tokenizer) -> None:
-        for count in range(1, 1 + min(2 * _CHARACTER_BYTES, len(prompt))):
-            text = tokenizer.decode(prompt[-count:])
+        backwards = (token_id for token_id in reversed(prompt) if token_id not in tokenizer.special_token_ids)
+        tail = list(itertools.islice(backwards, _CONTEXT_TOKENS + _CHARACTER_BYTES - 1))[::-1]
+        for count in range(1, 1 + min(2 * _CHARACTER_BYTES, len(tail))):
+            text = tokenizer.decode(tail[-count:])
             if text and REPLACEMENT not in text:
-                self._tokens, self._settled, self._shown = list(prompt[-count:]), count, len(text)
+                self._tokens, self._settled, self._shown = tail[-count:], count, len(text)
                 return
         # The prompt's end is not certain: take its tail as if it had been pushed, from the start of a character on.
-        tail = prompt[-_CONTEXT_TOKENS - _CHARACTER_BYTES + 1 :]
         starts = range(min(_CHARACTER_BYTES, len(tail)))
         start = next((at for at in starts if _starts_character(tail[at : at + _CHARACTER_BYTES], tokenizer)), 0)
         for token_id in tail[start:]:

@@ -7,7 +7,7 @@ takes an answer over shows what the first one would have shown next.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvbaton.engine.sampling import SamplingParams
+from kvbaton.engine.sampling import FinishReason, SamplingParams
 from kvbaton.text.detokenizer import IncrementalDetokenizer
 from kvbaton.text.stop import StopFinder
 from kvbaton.text.tokenizer import Tokenizer
@@ -30,7 +30,8 @@ class OutputText:
 
     The answer ends at the stop string that is complete first; of several that end together, the longest counts. Stop
     strings are looked for in the answer alone, not across its border with the prompt. As in vLLM, one that is complete
-    within the first `min_tokens` tokens does not count, then or later; one that begins there and ends beyond does.
+    within the first `min_tokens` tokens does not count, then or later; one that begins there and ends beyond does. And
+    as there, EOS and the stop tokens are to the text what stop strings are: left out, unless stops are to be shown.
     """
 
     def __init__(
@@ -46,13 +47,17 @@ class OutputText:
         self._stop: str | None = None
         if sampling.stop:
             self._detokenizer = IncrementalDetokenizer(tokenizer, prompt)
-            self.push(output, last=False)
+            self.push(output)
         else:
             # Nothing but the detokenizer has a state, and that follows from the last few tokens.
             self._detokenizer = IncrementalDetokenizer(tokenizer, [*prompt, *output])
 
-    def push(self, token_ids: Sequence[int], *, last: bool) -> TextUpdate:
-        """Add tokens; with the `last`, everything held back becomes text. After a stop string nothing is added."""
+    def push(self, token_ids: Sequence[int], ending: FinishReason | None = None) -> TextUpdate:
+        """Add tokens, the last of which ends the answer if it has a reason: everything held back becomes text.
+
+        After a stop string nothing is added.
+        """
+        num_shown = len(token_ids) - (ending is FinishReason.STOP and not self._include_stop)
         shown: list[str] = []
         num_used = 0
         for token_id in token_ids:
@@ -60,8 +65,9 @@ class OutputText:
                 break
             num_used += 1
             self._num_tokens += 1
-            shown.append(self._add(self._detokenizer.push([token_id])))
-        if last and self._stop is None:
+            if num_used <= num_shown:
+                shown.append(self._add(self._detokenizer.push([token_id])))
+        if ending is not None and self._stop is None:
             shown.append(self._add(self._detokenizer.flush()))
             shown.append(self._held)
             self._held = ""

@@ -1,5 +1,7 @@
 """Text to tokens and back: a thin, typed face on `transformers`' tokenizers."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,9 +25,14 @@ class Tokenizer:
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer` is a `transformers` PreTrainedTokenizerBase."""
         self._tokenizer = tokenizer
-        longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        longest = max(map(len, vocabulary), default=1)
         # Some vocabularies have tokens of a hundred blanks, which would make the bound useless.
         self._max_token_chars = min(longest, _MAX_TOKEN_CHARS)
+        self.special_token_ids: frozenset[int] = frozenset(tokenizer.all_special_ids)
+        """Tokens without text."""
+        self.digest = hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
+        """Of the vocabulary: two tokenizers with the same one understand each other's token ids."""
 
     def max_chars(self, num_tokens: int) -> int:
         """Characters that `num_tokens` tokens stand for at the most: longer text need not be encoded to be refused."""

@@ -69,7 +69,7 @@ def build_runtime(
     scheduler = Scheduler(BlockPool(num_blocks, store.block_size), limits, loaded.eos_token_ids, loaded.max_model_len)
     engine = Engine(scheduler, ModelRunner(loaded, store, on_layer))
     tokenizer = load_tokenizer(path)
-    info = model_info(loaded, config.served_model_name or model_name(path))
+    info = model_info(loaded, tokenizer, config.served_model_name or model_name(path))
     logger.info(
         "model %s (%s, %s) loaded in %.1f s on %s: weights %s, KV pool %s (%d blocks of %d tokens)",
         info.name,
@@ -95,7 +95,7 @@ def build_runtime(
     )
 
 
-def model_info(loaded: LoadedModel, name: str) -> types.ModelInfo:
+def model_info(loaded: LoadedModel, tokenizer: Tokenizer | None, name: str) -> types.ModelInfo:
     """What the worker tells about its model."""
     return types.ModelInfo(
         name=name,
@@ -108,6 +108,7 @@ def model_info(loaded: LoadedModel, name: str) -> types.ModelInfo:
         vocab_size=loaded.vocab_size,
         max_model_len=loaded.max_model_len,
         eos_token_ids=sorted(loaded.eos_token_ids),
+        vocabulary_digest=tokenizer.digest if tokenizer is not None else "",
     )
 
 

@@ -18,7 +18,7 @@ def token_event(tokens: Sequence[TokenSampled], output: OutputText) -> types.Tok
     The event's finish_reason says whether the answer has ended.
     """
     reason = tokens[-1].finish_reason
-    update = output.push([token.token_id for token in tokens], last=reason is not None)
+    update = output.push([token.token_id for token in tokens], reason)
     used = tokens[: update.num_tokens]
     return types.TokenEvent(
         first_index=tokens[0].index,
