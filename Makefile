@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check format protos models cuda train bench-engine bench-chunks bench-report clean
+.PHONY: install demo test check format protos models cuda train bench-engine bench-chunks clean
 
 install: $(INSTALLED)
 
@@ -41,16 +41,15 @@ models: $(INSTALLED)
 cuda: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m cuda
 
-# Half an hour on two quiet cores. vLLM is measured where bench/peers/setup_vllm.sh build/peers/vllm was run before.
+# Benchmarks leave their results in build/bench; docs/benchmarks.md is written from those that are there.
+# A quarter of an hour on two quiet cores; with vLLM where bench/peers/setup_vllm.sh build/peers/vllm was run before.
 bench-engine: $(INSTALLED)
 	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/report.py
 
-# A minute on two quiet cores.
+# A minute.
 bench-chunks: $(INSTALLED)
 	$(BIN)/python bench/chunk_budget.py
-
-# docs/benchmarks.md, from what the benchmarks left in build/bench.
-bench-report: $(INSTALLED)
 	$(BIN)/python bench/report.py
 
 train: $(INSTALLED)

@@ -1,6 +1,6 @@
 """Writes docs/benchmarks.md, and a chart beside it, from what the benchmarks left in build/bench.
 
-make bench-report
+`make bench-engine` and `make bench-chunks` end with it.
 """
 
 import json
@@ -12,11 +12,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = ("kvbaton", "vllm", "transformers")
-PAGE = """\
+TITLE = """\
 # Benchmarks
 
 <!-- Written by bench/report.py from build/bench; edit that. -->
+"""
 
+ENGINE = """\
 ## The engine on one core
 
 `{command}`, {date}, commit {commit}: {processor}, Linux {kernel}; torch {torch}, transformers {transformers}, vLLM
@@ -40,7 +42,7 @@ and Intel's OpenMP loaded first, as its guide asks, where they are there. It is 
 that what its server's processes cost each other does not count against it.
 """
 
-CHUNKS = """
+CHUNKS = """\
 ## Prompts beside answers, on one worker
 
 `{command}`, {date}, commit {commit}, same machine: a unified worker with the 30m model on one core, up to 2,048 prompt
@@ -138,12 +140,15 @@ def chart(result: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def page(result: dict[str, Any], chunks: dict[str, Any]) -> str:
-    """The whole page."""
-    header = result["header"]
-    giga = {name: header[f"{name}_rate"] / 1e9 for name in ("read", "copy", "gemm")}
-    engine = PAGE.format(**header, **giga, table="\n".join(engine_table(result)))
-    return engine + CHUNKS.format(**chunks["header"], table="\n".join(chunk_table(chunks)))
+def page(engine: dict[str, Any] | None, chunks: dict[str, Any] | None) -> str:
+    """The whole page, with a section for each result that is there."""
+    sections = [TITLE]
+    if engine is not None:
+        rates = {name: engine["header"][f"{name}_rate"] / 1e9 for name in ("read", "copy", "gemm")}
+        sections.append(ENGINE.format(**engine["header"], **rates, table="\n".join(engine_table(engine))))
+    if chunks is not None:
+        sections.append(CHUNKS.format(**chunks["header"], table="\n".join(chunk_table(chunks))))
+    return "\n".join(sections)
 
 
 def _cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -156,13 +161,22 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
 
 
+def _result(name: str) -> dict[str, Any] | None:
+    path = ROOT / "build" / "bench" / f"{name}.json"
+    if not path.exists():
+        sys.stderr.write(f"{path} is not there: its section is left out\n")
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
 def main() -> None:
     """Read the results, write the page and the chart."""
-    folder = ROOT / "build" / "bench"
-    result, chunks = (json.loads((folder / f"{name}.json").read_text()) for name in ("engine", "chunks"))
-    (ROOT / "docs" / "benchmarks.md").write_text(page(result, chunks))
-    (ROOT / "docs" / "benchmarks-engine.svg").write_text(chart(result))
-    sys.stdout.write("\n".join(engine_table(result)) + "\n")
+    engine, chunks = _result("engine"), _result("chunks")
+    (ROOT / "docs" / "benchmarks.md").write_text(page(engine, chunks))
+    if engine is not None:
+        (ROOT / "docs" / "benchmarks-engine.svg").write_text(chart(engine))
+        sys.stdout.write("\n".join(engine_table(engine)) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from torch import nn
 from kvbaton.model.cpu import numeric, product_kernel
 from kvbaton.model.cpu.allocator import LargePages
 
-_onednn = torch.ops.mkldnn._linear_pointwise.default
-
 _PAGES = LargePages()
 
 EXPECTED_ROWS = 8
@@ -59,7 +57,8 @@ class PackedLinear(nn.Module):
         if rows.shape[-1] != self.in_features or rows.dtype is not torch.bfloat16:
             raise ValueError(f"rows of {self.in_features} bfloat16 are needed, not {tuple(rows.shape)} {rows.dtype}")
         if not self._own:
-            result: torch.Tensor = _onednn(rows, self._packed, self._onednn_bias, "none", [], "")
+            product = torch.ops.mkldnn._linear_pointwise
+            result: torch.Tensor = product(rows, self._packed, self._onednn_bias, "none", [], "")
             return result
         rows = rows.contiguous()
         result = rows.new_empty(*rows.shape[:-1], self.out_features)
