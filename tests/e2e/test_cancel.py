@@ -59,7 +59,8 @@ async def test_while_it_waits_for_blocks_on_decode(running: Cluster, client: Asy
 async def test_while_it_waits_for_prefill(running: Cluster, client: AsyncClient) -> None:
     first = ask_long_prompt(client)
     await wait_for_status(running.prefill, lambda s: s.queues.num_prefilling == 1)
-    second = client.generate([5] * 40, max_tokens=8)
+    # Long enough to be seen while it waits: short prompts pass long ones.
+    second = client.generate([6] * (LONG // 2), max_tokens=8)
     await wait_for_status(running.decode, lambda s: s.queues.num_receiving == 2)
     await second.aclose()
     await wait_for_status(running.decode, lambda s: s.queues.num_receiving == 1)

@@ -200,3 +200,18 @@ def test_the_trial_notes_geometry_and_arguments_that_are_not_understood(backend:
     close(output[0], naive(tensors_of(4), {}))
     assert attention.seen == {0: LayerGeometry(KV_HEADS, K_DIM, V_DIM)}
     assert attention.unknown_arguments == {"position_bias"}
+
+
+@pytest.mark.parametrize("chunk", [3, 18])
+def test_a_token_that_is_no_number_is_not_heard_of_by_those_before_it(chunk: int) -> None:
+    # They may be a prefix that others share.
+    clean, poisoned = sequences()[3], sequences()[3]
+    for tensor in poisoned.tensors[1:]:
+        tensor[:, 10] = float("nan")
+    outputs = []
+    for sequence in (clean, poisoned):
+        attention = paged("cpu")
+        pieces = [compute(attention, [(sequence, chunk)], {})[0] for _ in range(18 // chunk)]
+        outputs.append(torch.cat(pieces))
+    torch.testing.assert_close(outputs[1][:10], outputs[0][:10])
+    assert outputs[1][10:].isnan().all()

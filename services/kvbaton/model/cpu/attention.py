@@ -117,8 +117,10 @@ def _prefill(
     first_key = stop - keys.shape[1]
     window, softcap = shape.window or 0, np.float32(shape.softcap or 0)
     scale, sinks = _scale(shape, query.shape[-1]), _sinks(shape)
-    for row in range(0, len(query), TILE):
-        tile = query[row : row + TILE]
+    # A weight of zero does not make a NaN harmless: a token must not hear of later ones by their tile.
+    height = TILE if bool(values.sum(dtype=torch.float32).isfinite()) else 1
+    for row in range(0, len(query), height):
+        tile = query[row : row + height]
         first_query = stop - len(query) + row
         low = max(0, first_query - window + 1 - first_key) // PANEL * PANEL if window else 0
         high = first_query + len(tile) - first_key
@@ -137,7 +139,7 @@ def _prefill(
             as_array(weights.view(shape_4d)),
         )
         result = torch.bmm(weights, values[:, low:high]).view(kv_heads, group, len(tile), -1)
-        output[row : row + TILE].view(len(tile), kv_heads, group, -1).copy_(result.permute(2, 0, 1, 3))
+        output[row : row + height].view(len(tile), kv_heads, group, -1).copy_(result.permute(2, 0, 1, 3))
 
 
 class _Products:
