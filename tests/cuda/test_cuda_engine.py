@@ -15,6 +15,7 @@ from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Phase, Request
 from kvbaton.engine.sampling import SamplingParams
 from kvbaton.engine.scheduler import Batch, Limits, Scheduler
+from kvbaton.handoff.landing import fill
 from kvbaton.model.cuda.attention import CudaAttention
 from kvbaton.model.cuda.graphs import DecodeGraphs
 from kvbaton.model.loader import load_model
@@ -149,7 +150,7 @@ def test_kv_comes_back_as_it_was_written(dtype: str) -> None:
     store = TorchKvStore(geometry, 8, 16, torch.device("cuda"))
     blocks, tokens = [7, 0, 3, 5], range(3, 61)
     payload = np.random.default_rng(0).bytes(geometry.span_bytes(0, 2, len(tokens)))
-    store.write(range(2), blocks, tokens, payload)
+    fill(store.landing(range(2), blocks, tokens), payload)
     assert b"".join(store.read(range(2), blocks, tokens)) == payload
 
 

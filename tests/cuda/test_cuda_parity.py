@@ -10,6 +10,7 @@ from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.request import Phase, Route
 from kvbaton.engine.sampling import SamplingParams
 from kvbaton.engine.scheduler import Limits, Scheduler
+from kvbaton.handoff.landing import fill
 from kvbaton.model.loader import load_model
 from kvbaton.model.runner import ModelRunner
 from kvbaton.model.store import TorchKvStore
@@ -48,7 +49,7 @@ def test_moved_kv_gives_the_answers_of_transformers(architecture: str, tmp_path:
         while sent.phase is not Phase.HANDING_OFF:
             sending.step(lambda: 0.0)
         layers, tokens = range(source.geometry.num_layers), range(len(prompt))
-        sink.write(layers, received.blocks, tokens, b"".join(source.read(layers, sent.blocks, tokens)))
+        fill(sink.landing(layers, received.blocks, tokens), b"".join(source.read(layers, sent.blocks, tokens)))
         sender.remove(str(number), 0.0)
         receiver.kv_received(str(number), sent.output[0], 0.0)
         requests.append(received)

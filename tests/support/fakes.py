@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvbaton.engine.core import Engine
 from kvbaton.engine.geometry import DTYPE_BYTES, KvGeometry, LayerGeometry
-from kvbaton.engine.kv_store import Buffer
+from kvbaton.engine.kv_store import Landing
 from kvbaton.engine.output import SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.scheduler import Batch, Limits, Scheduler
 from kvbaton.handoff import wire
 from kvbaton.handoff.codec import crc32c
+from kvbaton.handoff.landing import fill
 from kvbaton.rpc.serving import Registration, serving
 from kvbaton.v1 import kv_transfer_pb2, types_pb2
 from kvbaton.v1.decode_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
@@ -66,7 +67,7 @@ class FakeStore:
             widths = [layer.num_kv_heads * dim * size for dim in (layer.k_head_dim, layer.v_head_dim)]
             self.memory.append([(width, bytearray(width * num_blocks * block_size)) for width in widths])
         self.before_write: Callable[[], None] = lambda: None
-        """Called at the beginning of each write, on the writer's thread."""
+        """Called when a payload is about to be written, on the writer's thread."""
         self.writes: list[tuple[range, range]] = []
 
     def read(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
@@ -76,20 +77,22 @@ class FakeStore:
             for width, rows in self.memory[layer]
         ]
 
-    def write(self, layers: range, blocks: Sequence[int], tokens: range, payload: Buffer) -> None:
+    def landing(self, layers: range, blocks: Sequence[int], tokens: range) -> Landing:
         self.before_write()
         self.writes.append((layers, tokens))
-        position = 0
-        for layer in layers:
-            for width, rows in self.memory[layer]:
-                for at in self._slots(blocks, tokens):
-                    rows[at * width : (at + 1) * width] = payload[position : position + width]
-                    position += width
-        assert position == len(payload)
+        return Landing(
+            [
+                memoryview(rows)[at * width : (at + 1) * width]
+                for layer in layers
+                for width, rows in self.memory[layer]
+                for at in self._slots(blocks, tokens)
+            ],
+            lambda: None,
+        )
 
     def fill(self, layer: int, blocks: Sequence[int], tokens: range) -> None:
         """Put fresh random KV there, as a forward pass would."""
-        self.write(range(layer, layer + 1), blocks, tokens, secrets.token_bytes(self.span(layer, len(tokens))))
+        fill(self.landing(range(layer, layer + 1), blocks, tokens), secrets.token_bytes(self.span(layer, len(tokens))))
 
     def span(self, layer: int, num_tokens: int) -> int:
         return self.geometry.span_bytes(layer, layer + 1, num_tokens)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvbaton.engine.request import Phase, Request, Route
+from kvbaton.handoff.landing import fill
 from support import tiny_models
 from support.engines import TinyEngine
 
@@ -101,7 +102,7 @@ def _move(sender: TinyEngine, sent: Request, receiver: TinyEngine, received: Req
         for start in range(0, num_tokens, 11):
             tokens = range(start, min(start + 11, num_tokens))
             payload = b"".join(sender.store.read(layers, sent.blocks, tokens))
-            receiver.store.write(layers, received.blocks, tokens, payload)
+            fill(receiver.store.landing(layers, received.blocks, tokens), payload)
 
 
 MODES: dict[str, Callable[[Path], Outputs]] = {

@@ -35,6 +35,11 @@ class KvTransferServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
+        self.Link = channel.stream_stream(
+                '/kvbaton.v1.KvTransferService/Link',
+                request_serializer=kvbaton_dot_v1_dot_kv__transfer__pb2.LinkRequest.SerializeToString,
+                response_deserializer=kvbaton_dot_v1_dot_kv__transfer__pb2.LinkResponse.FromString,
+                _registered_method=True)
         self.Transfer = channel.stream_stream(
                 '/kvbaton.v1.KvTransferService/Transfer',
                 request_serializer=kvbaton_dot_v1_dot_kv__transfer__pb2.TransferRequest.SerializeToString,
@@ -46,11 +51,25 @@ class KvTransferServiceServicer(object):
     """Moves KV from a prefill worker (client) to a decode worker (server), which alone writes its own memory.
     """
 
+    def Link(self, request_iterator, context):
+        """Link finds out how the two processes reach each other's KV, before a request needs it, and stays open as long as
+        the sender wants to: its end, however it ends, unmaps the sender's memory. The sender writes `hello`; the receiver
+        answers `welcome`. For each transport that both can use, best first, the sender writes one `probe`, and over grpc
+        its payload, and the receiver answers `probed`; the first that passes is used, which `chosen` says.
+        A peer that wants nothing but the grpc transport need not link.
+        Fails with INVALID_ARGUMENT (messages out of order). Safe to retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Transfer(self, request_iterator, context):
         """Transfer carries one attempt to fill one ticket. The sender writes one `header`, waits for `ready`, writes
         `frame`s in order and one `commit`; the receiver answers `applied` only after it has verified the digest and seen
         every layer of every token once. Until then nothing is decoded from what arrived. The sender keeps its blocks
         until `applied`, or until the stream has ended. HTTP/2 flow control is the back-pressure.
+        Where frames refer to the sender's memory the receiver copies, answers the commit with `copied`, and applies only
+        what the sender then confirms with `confirm`, on the stream that is still open: its blocks were held all the time.
         The receiver answers `rejected` and ends the stream when a message is wrong (stale attempt, geometry, checksum,
         order, digest); the reservation stays, so a new attempt with a higher number may follow.
         Fails with NOT_FOUND (unknown or used ticket; never retry), CANCELLED (the request has gone), DEADLINE_EXCEEDED.
@@ -62,6 +81,11 @@ class KvTransferServiceServicer(object):
 
 def add_KvTransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Link': grpc.stream_stream_rpc_method_handler(
+                    servicer.Link,
+                    request_deserializer=kvbaton_dot_v1_dot_kv__transfer__pb2.LinkRequest.FromString,
+                    response_serializer=kvbaton_dot_v1_dot_kv__transfer__pb2.LinkResponse.SerializeToString,
+            ),
             'Transfer': grpc.stream_stream_rpc_method_handler(
                     servicer.Transfer,
                     request_deserializer=kvbaton_dot_v1_dot_kv__transfer__pb2.TransferRequest.FromString,
@@ -78,6 +102,33 @@ def add_KvTransferServiceServicer_to_server(servicer, server):
 class KvTransferService(object):
     """Moves KV from a prefill worker (client) to a decode worker (server), which alone writes its own memory.
     """
+
+    @staticmethod
+    def Link(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kvbaton.v1.KvTransferService/Link',
+            kvbaton_dot_v1_dot_kv__transfer__pb2.LinkRequest.SerializeToString,
+            kvbaton_dot_v1_dot_kv__transfer__pb2.LinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Transfer(request_iterator,

@@ -25,6 +25,22 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
+_KvTransferServiceLinkType = typing_extensions.TypeVar(
+    '_KvTransferServiceLinkType',
+    grpc.StreamStreamMultiCallable[
+        kvbaton.v1.kv_transfer_pb2.LinkRequest,
+        kvbaton.v1.kv_transfer_pb2.LinkResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        kvbaton.v1.kv_transfer_pb2.LinkRequest,
+        kvbaton.v1.kv_transfer_pb2.LinkResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        kvbaton.v1.kv_transfer_pb2.LinkRequest,
+        kvbaton.v1.kv_transfer_pb2.LinkResponse,
+    ],
+)
+
 _KvTransferServiceTransferType = typing_extensions.TypeVar(
     '_KvTransferServiceTransferType',
     grpc.StreamStreamMultiCallable[
@@ -41,11 +57,15 @@ _KvTransferServiceTransferType = typing_extensions.TypeVar(
     ],
 )
 
-class KvTransferServiceStub(typing.Generic[_KvTransferServiceTransferType]):
+class KvTransferServiceStub(typing.Generic[_KvTransferServiceLinkType, _KvTransferServiceTransferType]):
     """Moves KV from a prefill worker (client) to a decode worker (server), which alone writes its own memory."""
 
     @typing.overload
     def __init__(self: KvTransferServiceStub[
+        grpc.StreamStreamMultiCallable[
+            kvbaton.v1.kv_transfer_pb2.LinkRequest,
+            kvbaton.v1.kv_transfer_pb2.LinkResponse,
+        ],
         grpc.StreamStreamMultiCallable[
             kvbaton.v1.kv_transfer_pb2.TransferRequest,
             kvbaton.v1.kv_transfer_pb2.TransferResponse,
@@ -55,22 +75,41 @@ class KvTransferServiceStub(typing.Generic[_KvTransferServiceTransferType]):
     @typing.overload
     def __init__(self: KvTransferServiceStub[
         grpc.aio.StreamStreamMultiCallable[
+            kvbaton.v1.kv_transfer_pb2.LinkRequest,
+            kvbaton.v1.kv_transfer_pb2.LinkResponse,
+        ],
+        grpc.aio.StreamStreamMultiCallable[
             kvbaton.v1.kv_transfer_pb2.TransferRequest,
             kvbaton.v1.kv_transfer_pb2.TransferResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
+
+    Link: _KvTransferServiceLinkType
+    """Link finds out how the two processes reach each other's KV, before a request needs it, and stays open as long as
+    the sender wants to: its end, however it ends, unmaps the sender's memory. The sender writes `hello`; the receiver
+    answers `welcome`. For each transport that both can use, best first, the sender writes one `probe`, and over grpc
+    its payload, and the receiver answers `probed`; the first that passes is used, which `chosen` says.
+    A peer that wants nothing but the grpc transport need not link.
+    Fails with INVALID_ARGUMENT (messages out of order). Safe to retry.
+    """
 
     Transfer: _KvTransferServiceTransferType
     """Transfer carries one attempt to fill one ticket. The sender writes one `header`, waits for `ready`, writes
     `frame`s in order and one `commit`; the receiver answers `applied` only after it has verified the digest and seen
     every layer of every token once. Until then nothing is decoded from what arrived. The sender keeps its blocks
     until `applied`, or until the stream has ended. HTTP/2 flow control is the back-pressure.
+    Where frames refer to the sender's memory the receiver copies, answers the commit with `copied`, and applies only
+    what the sender then confirms with `confirm`, on the stream that is still open: its blocks were held all the time.
     The receiver answers `rejected` and ends the stream when a message is wrong (stale attempt, geometry, checksum,
     order, digest); the reservation stays, so a new attempt with a higher number may follow.
     Fails with NOT_FOUND (unknown or used ticket; never retry), CANCELLED (the request has gone), DEADLINE_EXCEEDED.
     """
 
 KvTransferServiceAsyncStub: typing_extensions.TypeAlias = KvTransferServiceStub[
+    grpc.aio.StreamStreamMultiCallable[
+        kvbaton.v1.kv_transfer_pb2.LinkRequest,
+        kvbaton.v1.kv_transfer_pb2.LinkResponse,
+    ],
     grpc.aio.StreamStreamMultiCallable[
         kvbaton.v1.kv_transfer_pb2.TransferRequest,
         kvbaton.v1.kv_transfer_pb2.TransferResponse,
@@ -79,6 +118,20 @@ KvTransferServiceAsyncStub: typing_extensions.TypeAlias = KvTransferServiceStub[
 
 class KvTransferServiceServicer(metaclass=abc.ABCMeta):
     """Moves KV from a prefill worker (client) to a decode worker (server), which alone writes its own memory."""
+
+    @abc.abstractmethod
+    def Link(
+        self,
+        request_iterator: _MaybeAsyncIterator[kvbaton.v1.kv_transfer_pb2.LinkRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[kvbaton.v1.kv_transfer_pb2.LinkResponse], collections.abc.AsyncIterator[kvbaton.v1.kv_transfer_pb2.LinkResponse]]:
+        """Link finds out how the two processes reach each other's KV, before a request needs it, and stays open as long as
+        the sender wants to: its end, however it ends, unmaps the sender's memory. The sender writes `hello`; the receiver
+        answers `welcome`. For each transport that both can use, best first, the sender writes one `probe`, and over grpc
+        its payload, and the receiver answers `probed`; the first that passes is used, which `chosen` says.
+        A peer that wants nothing but the grpc transport need not link.
+        Fails with INVALID_ARGUMENT (messages out of order). Safe to retry.
+        """
 
     @abc.abstractmethod
     def Transfer(
@@ -90,6 +143,8 @@ class KvTransferServiceServicer(metaclass=abc.ABCMeta):
         `frame`s in order and one `commit`; the receiver answers `applied` only after it has verified the digest and seen
         every layer of every token once. Until then nothing is decoded from what arrived. The sender keeps its blocks
         until `applied`, or until the stream has ended. HTTP/2 flow control is the back-pressure.
+        Where frames refer to the sender's memory the receiver copies, answers the commit with `copied`, and applies only
+        what the sender then confirms with `confirm`, on the stream that is still open: its blocks were held all the time.
         The receiver answers `rejected` and ends the stream when a message is wrong (stale attempt, geometry, checksum,
         order, digest); the reservation stays, so a new attempt with a higher number may follow.
         Fails with NOT_FOUND (unknown or used ticket; never retry), CANCELLED (the request has gone), DEADLINE_EXCEEDED.

@@ -184,16 +184,18 @@ class ModelFingerprint(_message.Message):
     def __init__(self, architecture: _Optional[str] = ..., weights_digest: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
 
 class LayerGroup(_message.Message):
-    __slots__ = ("num_layers", "num_kv_heads", "k_head_dim", "v_head_dim")
+    __slots__ = ("num_layers", "num_kv_heads", "k_head_dim", "v_head_dim", "window")
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     K_HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     V_HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
     num_layers: int
     num_kv_heads: int
     k_head_dim: int
     v_head_dim: int
-    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., k_head_dim: _Optional[int] = ..., v_head_dim: _Optional[int] = ...) -> None: ...
+    window: int
+    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., k_head_dim: _Optional[int] = ..., v_head_dim: _Optional[int] = ..., window: _Optional[int] = ...) -> None: ...
 
 class KvGeometry(_message.Message):
     __slots__ = ("layer_groups", "dtype")
@@ -222,11 +224,11 @@ class ModelInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[_Union[ModelFingerprint, _Mapping]] = ..., kv_geometry: _Optional[_Union[KvGeometry, _Mapping]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocabulary_digest: _Optional[str] = ...) -> None: ...
 
 class HostIdentity(_message.Message):
-    __slots__ = ("boot_id", "shared_memory_device", "gpu_uuids")
+    __slots__ = ("boot_id", "network_namespace", "gpu_uuids")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
-    SHARED_MEMORY_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     GPU_UUIDS_FIELD_NUMBER: _ClassVar[int]
     boot_id: str
-    shared_memory_device: int
+    network_namespace: int
     gpu_uuids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, boot_id: _Optional[str] = ..., shared_memory_device: _Optional[int] = ..., gpu_uuids: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, boot_id: _Optional[str] = ..., network_namespace: _Optional[int] = ..., gpu_uuids: _Optional[_Iterable[str]] = ...) -> None: ...

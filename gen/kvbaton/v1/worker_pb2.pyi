@@ -1,8 +1,9 @@
 from kvbaton.v1 import types_pb2 as _types_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -55,7 +56,7 @@ class EngineLimits(_message.Message):
     def __init__(self, max_prefill_tokens: _Optional[int] = ..., max_decode_seqs: _Optional[int] = ..., target_itl_ms: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("role", "incarnation", "model", "draining", "pool", "queues", "counters", "limits")
+    __slots__ = ("role", "incarnation", "model", "draining", "pool", "queues", "counters", "limits", "kv_port", "kv_endpoint", "links")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +65,9 @@ class WorkerStatus(_message.Message):
     QUEUES_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    KV_PORT_FIELD_NUMBER: _ClassVar[int]
+    KV_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     role: WorkerRole
     incarnation: str
     model: _types_pb2.ModelInfo
@@ -72,7 +76,22 @@ class WorkerStatus(_message.Message):
     queues: QueueStatus
     counters: WorkerCounters
     limits: EngineLimits
-    def __init__(self, role: _Optional[_Union[WorkerRole, str]] = ..., incarnation: _Optional[str] = ..., model: _Optional[_Union[_types_pb2.ModelInfo, _Mapping]] = ..., draining: bool = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., queues: _Optional[_Union[QueueStatus, _Mapping]] = ..., counters: _Optional[_Union[WorkerCounters, _Mapping]] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ...) -> None: ...
+    kv_port: int
+    kv_endpoint: str
+    links: _containers.RepeatedCompositeFieldContainer[PeerLink]
+    def __init__(self, role: _Optional[_Union[WorkerRole, str]] = ..., incarnation: _Optional[str] = ..., model: _Optional[_Union[_types_pb2.ModelInfo, _Mapping]] = ..., draining: bool = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., queues: _Optional[_Union[QueueStatus, _Mapping]] = ..., counters: _Optional[_Union[WorkerCounters, _Mapping]] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., kv_port: _Optional[int] = ..., kv_endpoint: _Optional[str] = ..., links: _Optional[_Iterable[_Union[PeerLink, _Mapping]]] = ...) -> None: ...
+
+class PeerLink(_message.Message):
+    __slots__ = ("endpoint", "transport", "reason", "bytes_per_second")
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    endpoint: str
+    transport: str
+    reason: str
+    bytes_per_second: float
+    def __init__(self, endpoint: _Optional[str] = ..., transport: _Optional[str] = ..., reason: _Optional[str] = ..., bytes_per_second: _Optional[float] = ...) -> None: ...
 
 class PoolStatus(_message.Message):
     __slots__ = ("block_size", "num_blocks", "num_free_blocks", "num_cached_blocks")

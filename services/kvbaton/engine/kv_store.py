@@ -1,12 +1,23 @@
 """The seam between KV memory and whoever moves it: bytes in, bytes out, no tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvbaton.engine.geometry import KvGeometry
 
 Buffer = bytes | bytearray | memoryview
 """Any contiguous bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """A place for a payload that is about to arrive."""
+
+    parts: Sequence[memoryview]
+    """Writable; one after the other they take the payload."""
+    finish: Callable[[], None]
+    """Call it when they are full: the payload is then in its blocks. Until then those may hold any part of it."""
 
 
 class KvStore(Protocol):
@@ -22,10 +33,13 @@ class KvStore(Protocol):
         """The shape of one token's KV."""
         ...
 
-    def read(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
-        """Copy out the KV of `tokens` in `layers`, as parts which concatenated are a payload."""
+    def read(self, layers: range, blocks: Sequence[int], tokens: range) -> Sequence[memoryview]:
+        """The KV of `tokens` in `layers`, as parts which one after the other are a payload.
+
+        They may be views of the memory itself, and so hold good as long as the blocks are held.
+        """
         ...
 
-    def write(self, layers: range, blocks: Sequence[int], tokens: range, payload: Buffer) -> None:
-        """Copy a payload in. The caller has checked its length; nobody else may write those blocks meanwhile."""
+    def landing(self, layers: range, blocks: Sequence[int], tokens: range) -> Landing:
+        """Where to receive a payload. Nobody else may write those blocks, or read them, before it is finished."""
         ...

@@ -16,6 +16,7 @@ from kvbaton.engine.kv_store import KvStore
 from kvbaton.handoff import wire
 from kvbaton.handoff.codec import Frame, RunningDigest, crc32c
 from kvbaton.handoff.frames import Coverage, Rectangle
+from kvbaton.handoff.landing import fill
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
@@ -160,7 +161,7 @@ class IncomingTransfer:
             raise TransferRejectedError(f"frame.crc32c: frame {info.number} was damaged on its way")
         with reservation.lock:
             self._check_current(reservation)
-            self._store.write(layers, reservation.blocks, tokens, frame.payload)
+            fill(self._store.landing(layers, reservation.blocks, tokens), frame.payload)
         self._coverage.add(rectangle)
         self._digest.add(info)
         self._num_frames += 1

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from kvbaton.engine.geometry import KvGeometry
-from kvbaton.engine.kv_store import Buffer
+from kvbaton.engine.kv_store import Landing
+from kvbaton.engine.runs import slot_runs
 from kvbaton.model.cpu.allocator import LargePages
 from kvbaton.model.cuda.copies import KvCopies
 
@@ -14,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """torch's name of each KV dtype."""
 
 # KV crosses process borders as plain integers of the element's width: numpy has no bfloat16.
-_BITS = {"float32": (torch.int32, np.int32), "bfloat16": (torch.int16, np.int16)}
+_BITS = {"float32": torch.int32, "bfloat16": torch.int16}
 
 
 class TorchKvStore:
@@ -40,12 +41,13 @@ class TorchKvStore:
                 whole = (*shape, layer.num_kv_heads, dim)
                 on_cpu = device.type == "cpu"
                 tensors.append(pages.empty(whole, dtype) if on_cpu else torch.empty(whole, dtype=dtype, device=device))
-        torch_bits, self._numpy_bits = _BITS[geometry.dtype]
+        bits = _BITS[geometry.dtype]
         # [tokens, elements]: what a token has in a layer, as integers, K and V apart.
         self._rows = [
-            (k.view(torch_bits).flatten(0, 1).flatten(1), v.view(torch_bits).flatten(0, 1).flatten(1))
+            (k.view(bits).flatten(0, 1).flatten(1), v.view(bits).flatten(0, 1).flatten(1))
             for k, v in zip(self.keys, self.values, strict=True)
         ]
+        self._bytes = [tuple(map(_bytes_of, pair)) for pair in self._rows] if self._copies is None else []
 
     @property
     def geometry(self) -> KvGeometry:
@@ -64,25 +66,27 @@ class TorchKvStore:
 
     def read(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
         """See `KvStore.read`. Waits for a device's copy to the host."""
-        index, rows = self._slots(blocks, tokens), self._rows_of(layers)
-        if self._copies is not None:
-            parts = [self._copies.read(layers, rows, index)]
-        else:
-            parts = [part.index_select(0, index) for part in rows]
-        return [part.numpy().reshape(-1).view(np.uint8).data for part in parts]
+        if self._copies is None:
+            return self._parts(layers, blocks, tokens)
+        host = self._copies.read(layers, self._rows_of(layers), self._slots(blocks, tokens))
+        return [host.numpy().view(np.uint8).data]
 
-    def write(self, layers: range, blocks: Sequence[int], tokens: range, payload: Buffer) -> None:
-        """See `KvStore.write`. Waits for a device's copy from the host."""
-        index, rows = self._slots(blocks, tokens), self._rows_of(layers)
-        incoming = np.frombuffer(payload, dtype=self._numpy_bits)
-        if self._copies is not None:
-            self._copies.write(rows, index, incoming)
-            return
-        offset = 0
-        for part in rows:
-            width = part.shape[1]
-            part.numpy()[index.numpy()] = incoming[offset : offset + len(tokens) * width].reshape(len(tokens), width)
-            offset += len(tokens) * width
+    def landing(self, layers: range, blocks: Sequence[int], tokens: range) -> Landing:
+        """See `KvStore.landing`. To finish one waits for a device's copy from the host."""
+        if self._copies is None:
+            return Landing(self._parts(layers, blocks, tokens), _nothing)
+        copies, rows, slots = self._copies, self._rows_of(layers), self._slots(blocks, tokens)
+        pinned = copies.staging(rows, slots)
+        return Landing([pinned.numpy().view(np.uint8).data], lambda: copies.write(rows, slots, pinned))
+
+    def _parts(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
+        runs = slot_runs(blocks, tokens, self.block_size)
+        return [
+            memory[run.start * width : run.stop * width]
+            for layer in layers
+            for width, memory in self._bytes[layer]
+            for run in runs
+        ]
 
     def _rows_of(self, layers: range) -> list[torch.Tensor]:
         return [rows for layer in layers for rows in self._rows[layer]]
@@ -91,3 +95,12 @@ class TorchKvStore:
         position = torch.arange(tokens.start, tokens.stop)
         table = torch.tensor(blocks)
         return table[position // self.block_size] * self.block_size + position % self.block_size
+
+
+def _bytes_of(rows: torch.Tensor) -> tuple[int, memoryview]:
+    """Bytes of a row, and the memory of all of them."""
+    return rows.shape[1] * rows.element_size(), rows.numpy().reshape(-1).view(np.uint8).data
+
+
+def _nothing() -> None:
+    """What is left to do where a payload was received in its place."""

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
+from kvbaton.handoff.landing import fill
 from kvbaton.model.cuda.copies import gather, scatter
 from kvbaton.model.store import TorchKvStore
 
@@ -13,7 +14,7 @@ def test_gather_and_scatter_are_the_stores_layout() -> None:
     store = TorchKvStore(geometry, 5, 4, torch.device("cpu"))
     blocks, tokens = [3, 1], range(2, 7)
     payload = np.random.default_rng(0).bytes(geometry.span_bytes(0, 2, len(tokens)))
-    store.write(range(2), blocks, tokens, payload)
+    fill(store.landing(range(2), blocks, tokens), payload)
     rows = [
         tensor.view(torch.int16).flatten(0, 1).flatten(1)
         for pair in zip(store.keys, store.values, strict=True)

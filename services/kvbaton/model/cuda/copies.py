@@ -1,9 +1,7 @@
 """KV between a device and pinned memory, on a stream of its own, beside what the engine computes."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 
 from kvbaton.model.transfer import all_to_device
@@ -37,10 +35,13 @@ class KvCopies:
         self._stream.synchronize()
         return host
 
-    def write(self, rows: Sequence[torch.Tensor], slots: torch.Tensor, payload: np.ndarray[Any, Any]) -> None:
-        """`scatter` from memory of any kind. When it returns, kernels queued from then on see it."""
-        pinned = torch.empty(payload.shape, dtype=rows[0].dtype, pin_memory=True)
-        pinned.numpy()[:] = payload
+    def staging(self, rows: Sequence[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
+        """Pinned memory for what `write` will scatter: [all elements]."""
+        size = len(slots) * sum(part.shape[1] for part in rows)
+        return torch.empty(size, dtype=rows[0].dtype, pin_memory=True)
+
+    def write(self, rows: Sequence[torch.Tensor], slots: torch.Tensor, pinned: torch.Tensor) -> None:
+        """`scatter` from pinned memory. When it returns, kernels queued from then on see it."""
         # A cancelled request's last chunk may still be writing to the blocks that were its own.
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
         with torch.cuda.stream(self._stream):
