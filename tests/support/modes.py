@@ -81,7 +81,7 @@ def preempted(folder: Path) -> Outputs:
 
 
 def handed_over(folder: Path) -> Outputs:
-    """KV that will be seen moved in odd pieces between pools of different block sizes; the receiver computes no prompt."""
+    """The KV that will be seen moved in odd pieces to a pool of other blocks; the receiver computes no prompt."""
     sender = TinyEngine(folder, block_size=BLOCK, chunk=16)
     receiver = TinyEngine(folder, block_size=5, chunk=16)
     receiver.spoil()
