@@ -128,10 +128,12 @@ class KvApplied(_message.Message):
     def __init__(self, num_frames: _Optional[int] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
 
 class KvRejected(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("reason", "link_ended")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    LINK_ENDED_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    link_ended: bool
+    def __init__(self, reason: _Optional[str] = ..., link_ended: bool = ...) -> None: ...
 
 class LinkRequest(_message.Message):
     __slots__ = ("hello", "probe", "chosen")
