@@ -43,12 +43,12 @@ LATENCY = """\
 ## From a prompt's end to its first decode step
 
 `{command}`, {date}, commit {commit}, same machine: a router, a prefill worker on core {first_core} and a decode
-worker on core {last_core}, as `kvbaton up` starts them; random-weight models, prompts of 2,048 random tokens, one request at a
-time. The figures are those of each request's own trace (`docs/observability.md`). *Hand-off*: from the prompt's end on
-the prefill worker (its last layer computed, its first token sampled) to the start of the decode worker's first step;
-*KV in place*: the part of it until the decode worker has verified all KV. *Transfer*: from the first frame to
-*Applied*; *hidden*: the share of it that passed while the prompt was still being computed. *Last layer*: its KV over
-the link, at the rate of 8 MiB in the table above; the rest can have left before. Milliseconds.
+worker on core {last_core}, as `kvbaton up` starts them; random-weight models, prompts of 2,048 random tokens, one
+request at a time. The figures are those of each request's own trace (`docs/observability.md`). *Hand-off*: from the
+prompt's end on the prefill worker (its last layer computed, its first token sampled) to the start of the decode
+worker's first step; *KV in place*: the part of it until the decode worker has verified all KV. *Transfer*: from the
+first frame to *Applied*; *hidden*: the share of it that passed while the prompt was still being computed. *Last
+layer*: its KV over the link, at the rate of 8 MiB in the table above; the rest can have left before. Milliseconds.
 
 {table}
 
