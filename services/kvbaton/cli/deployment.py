@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 from kvbaton.cli.health import wait_until_serving
 from kvbaton.engine.errors import StartupError
+from kvbaton.handoff.choice import AUTO, SETTINGS
 from kvbaton.rpc.config import grace_option, option, port_option
 from kvbaton.rpc.serving import probe
 from kvbaton.text.bundled import DEFAULT_MODEL
+from kvbaton.worker.config import TRANSPORT_HELP
 
 MAX_LINE_BYTES = 8192
 """How much of a log line is shown."""
@@ -43,6 +45,7 @@ class UpConfig:
         maximum=4096,
     )
     kv_memory: str = option("auto", "Memory for each worker's KV pool; auto divides what the device has among them.")
+    transport: str = option(AUTO, TRANSPORT_HELP, SETTINGS)
     trust_remote_code: bool = option(False, "Run code that comes with the model, with all rights of the workers.")
     max_prefill_tokens: int = option(
         0, "Prompt tokens a worker computes in one step. 0: 2048 on prefill workers, 512 on unified ones.", minimum=0
@@ -129,7 +132,7 @@ async def _start_all(
     config: UpConfig, deployment: Deployment, launch: Callable[[str, str, Sequence[str]], Awaitable[Process]]
 ) -> None:
     """Start all workers, then the router, which is told their addresses, and return when it is healthy."""
-    shared = _flags(config, "model", "dtype", "device", "threads", "block_size", "kv_memory", "grace_seconds")
+    shared = _flags(config, "model", "dtype", "device", "threads", "block_size", "kv_memory", "grace_seconds", "transport")
     shared.append(f"--memory-share={1 / (config.prefill + config.decode + config.unified):.3f}")
     if config.trust_remote_code:
         shared.append("--trust-remote-code")

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+from kvbaton.handoff.choice import AUTO, SETTINGS
 from kvbaton.rpc.config import grace_option, option, port_option
 from kvbaton.text.bundled import DEFAULT_MODEL
 
 MAX_TARGET_ITL_MS = 60_000
 """Longest target for a step that decodes."""
+
+TRANSPORT_HELP = "How KV travels between workers. auto: by the best that works for each pair; any other has no substitute."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,7 @@ class WorkerConfig:
         1.0, "Share of the device's memory that auto plans with: for several workers on one.", minimum=0.001, maximum=1
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model, with all rights of this process.")
+    transport: str = option(AUTO, TRANSPORT_HELP, SETTINGS)
     max_waiting: int = option(1024, "Requests that may wait for KV blocks before new ones are refused.", minimum=1)
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = port_option(0, "Port for routers; 0 takes a free one.")

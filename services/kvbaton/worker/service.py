@@ -16,6 +16,7 @@ from kvbaton.worker.config import WorkerConfig
 from kvbaton.worker.loop_thread import LoopThread
 from kvbaton.worker.runtime import WorkerRuntime, load_runtime
 from kvbaton.worker.status import Describe, WorkerServicer
+from kvbaton.worker.transports import check_transport
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ async def serve_worker(
 
     Raises StartupError when the worker cannot start, and EngineFailedError when its engine fails.
     """
+    check_transport(config)
     await probe(config.host, config.port)
     runtime = await load_runtime(config, offer.limits, offer.on_layer)
     # KV outlives the token streams while they drain: some of them may still wait for theirs.

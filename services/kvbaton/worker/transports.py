@@ -1,0 +1,18 @@
+"""Which transports a worker's memory makes possible."""
+
+import os
+
+from kvbaton.engine.errors import StartupError
+from kvbaton.handoff.choice import CUDA_IPC, SHARED_MEMORY
+from kvbaton.worker.config import WorkerConfig
+
+
+def check_transport(config: WorkerConfig) -> None:
+    """Raise StartupError for a `--transport` that no worker with these options has: known before a model is loaded."""
+    on_gpu = config.device.startswith("cuda")
+    if config.transport == CUDA_IPC and not on_gpu:
+        raise StartupError(f"--transport: cuda_ipc needs KV on a GPU, and --device is {config.device}")
+    if config.transport == SHARED_MEMORY and on_gpu:
+        raise StartupError(f"--transport: shared_memory needs KV in host memory, and --device is {config.device}")
+    if config.transport == SHARED_MEMORY and not hasattr(os, "memfd_create"):
+        raise StartupError("--transport: this system has no memory files, which shared_memory needs")
