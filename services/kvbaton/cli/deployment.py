@@ -132,7 +132,9 @@ async def _start_all(
     config: UpConfig, deployment: Deployment, launch: Callable[[str, str, Sequence[str]], Awaitable[Process]]
 ) -> None:
     """Start all workers, then the router, which is told their addresses, and return when it is healthy."""
-    shared = _flags(config, "model", "dtype", "device", "threads", "block_size", "kv_memory", "grace_seconds", "transport")
+    shared = _flags(
+        config, "model", "dtype", "device", "threads", "block_size", "kv_memory", "grace_seconds", "transport"
+    )
     shared.append(f"--memory-share={1 / (config.prefill + config.decode + config.unified):.3f}")
     if config.trust_remote_code:
         shared.append("--trust-remote-code")

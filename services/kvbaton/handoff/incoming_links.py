@@ -101,6 +101,11 @@ class IncomingLink:
         self._lock = threading.Lock()
         self._closed = False
 
+    @property
+    def sender(self) -> str:
+        """The sending process, as it calls itself."""
+        return self._hello.incarnation[:32] if self._hello is not None else ""
+
     def on_message(self, request: pb.LinkRequest) -> pb.LinkResponse | None:
         """The answer to the sender's next message. Raises InvalidArgumentError for one that must not come now."""
         kind = request.WhichOneof("message")

@@ -9,7 +9,9 @@ from kvbaton.text.bundled import DEFAULT_MODEL
 MAX_TARGET_ITL_MS = 60_000
 """Longest target for a step that decodes."""
 
-TRANSPORT_HELP = "How KV travels between workers. auto: by the best that works for each pair; any other has no substitute."
+TRANSPORT_HELP = (
+    "How KV travels between workers. auto: by the best that works for each pair; any other has no substitute."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
