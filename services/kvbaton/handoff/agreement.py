@@ -1,6 +1,7 @@
 """The sender's half of a link's conversation: from hello to chosen, over anything that carries messages."""
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from kvbaton.engine.errors import KvbatonError, UnavailableError
 from kvbaton.engine.kv_store import Buffer
 from kvbaton.handoff.choice import GRPC, Choice, allowed, candidates, chosen, refusal
 from kvbaton.handoff.codec import crc32c
+from kvbaton.handoff.http2.calls import StreamEndedError
 from kvbaton.handoff.sharing import SharedPool
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
@@ -30,7 +32,7 @@ class LinkStream(Protocol):
     """A stream of messages in both directions, as `http2` has it."""
 
     async def send(self, parts: Sequence[Buffer], *, last: bool = False) -> None:
-        """One message, its parts concatenated."""
+        """One message, its parts concatenated. Raises StreamEndedError when the stream has ended."""
         ...
 
     async def receive(self) -> bytes | None:
@@ -128,18 +130,23 @@ class _Conversation:
         self._stream = stream
 
     async def tell(self, request: bytes) -> None:
-        await self._stream.send([request])
+        """Raises UnavailableError where nobody is there to hear it."""
+        try:
+            await self._stream.send([request])
+        except StreamEndedError:
+            await self._answer()
+            raise UnavailableError("the link was answered where nothing was asked") from None
 
     async def ask(self, request: bytes, expected: str) -> pb.LinkResponse:
         """The answer to a serialised request. Raises UnavailableError for none, or for another than `expected`."""
         try:
             async with asyncio.timeout(STEP_TIMEOUT_SECONDS):
-                await self._stream.send([request])
-                answer = await self._stream.receive()
+                # Where nothing can be sent any more, the answer says why.
+                with contextlib.suppress(StreamEndedError):
+                    await self._stream.send([request])
+                answer = await self._answer()
         except TimeoutError:
             raise UnavailableError(f"no answer to the link for {STEP_TIMEOUT_SECONDS:.0f} s") from None
-        if answer is None:
-            raise UnavailableError("the link was ended where an answer must come")
         try:
             response = pb.LinkResponse.FromString(answer)
         except DecodeError:
@@ -147,6 +154,12 @@ class _Conversation:
         if response.WhichOneof("message") != expected:
             raise UnavailableError(f"the link was answered {response.WhichOneof('message')}, not {expected}")
         return response
+
+    async def _answer(self) -> bytes:
+        answer = await self._stream.receive()
+        if answer is None:
+            raise UnavailableError("the link was ended where an answer must come")
+        return answer
 
     async def probe(self, request: bytes) -> pb.LinkProbed:
         """The answer to a serialised probe. Raises _ProbeFailedError when the pattern did not arrive."""

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
-from kvbaton.engine.errors import InvalidArgumentError, KvbatonError
+from kvbaton.engine.errors import InvalidArgumentError
 from kvbaton.handoff.incoming_links import IncomingLink, LinkBook
 from kvbaton.v1 import kv_transfer_pb2 as pb
 
@@ -19,7 +19,7 @@ class AnsweringStream(Protocol):
         """Answer with one message."""
         ...
 
-    def end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None = None) -> None:
         """End the stream, with the status of an error or OK."""
         ...
 
@@ -36,12 +36,8 @@ class LinkCall:
         """Messages are taken whole."""
 
     def on_message(self, message: bytes) -> None:
-        """Answer, or end the stream because of what was wrong."""
-        try:
-            answer = self._link.on_message(_parsed(message))
-        except KvbatonError as error:
-            self._stream.end(error)
-            return
+        """Answer. What it raises ends the stream."""
+        answer = self._link.on_message(_parsed(message))
         if answer is not None:
             self._stream.send(answer.SerializeToString())
         elif self._link.chosen:
@@ -52,7 +48,10 @@ class LinkCall:
 
     def on_half_close(self) -> None:
         """The sender wants the link no more."""
-        self._stream.end(None)
+        self._stream.end()
+
+    def on_failure(self, error: Exception) -> None:
+        """The stream ends with the error's status, and nothing more needs to be said."""
 
     def on_end(self) -> None:
         """Let go of the sender's memory."""

@@ -7,6 +7,7 @@ connection is closed when the last transfer has left it. Whoever asks next links
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -151,7 +152,8 @@ class LinkTable:
         if pending is None:
             self._check_room()
             pending = self._pending[endpoint] = asyncio.get_running_loop().create_future()
-            self._group.create_task(self._link(endpoint, pending))
+            # In no request's trace: it outlives the one that happens to come first.
+            self._group.create_task(self._link(endpoint, pending), context=contextvars.Context())
         # Others wait for it too: it goes on when this one is cancelled.
         return await asyncio.shield(pending)
 
