@@ -137,12 +137,14 @@ async def test_a_worker_that_restarts_is_linked_anew(folder: Path, who: str) -> 
     """The router tells of the new process before a request needs it."""
     p_port, d_port, kv_port = free_ports(3)
     common: dict[str, Any] = {"model": str(folder), "block_size": 8, "kv_memory": "4MiB", "grace_seconds": 0.1}
-    services = {
+    services: dict[str, tuple[Any, Any]] = {
         "prefill": (serve_prefill, PrefillConfig(port=p_port, **common)),
         "decode": (serve_decode, DecodeConfig(port=d_port, kv_port=kv_port, **common)),
     }
     addresses = {"prefill": (f"127.0.0.1:{p_port}",), "decode": (f"127.0.0.1:{d_port}",)}
-    router = RouterConfig(model=str(folder), port=0, grace_seconds=0.1, **addresses)
+    router = RouterConfig(
+        model=str(folder), port=0, grace_seconds=0.1, prefill=addresses["prefill"], decode=addresses["decode"]
+    )
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(serving_in_loop(serve_router, router))
         client = await stack.enter_async_context(AsyncClient(server.address))

@@ -18,13 +18,13 @@ from kvbaton.handoff import sender as sender_module
 from kvbaton.handoff.codec import crc32c, decode_message
 from kvbaton.handoff.frames import FRAME_BYTES, FramePlanner
 from kvbaton.handoff.http2.server import serving_kv
-from kvbaton.handoff.peers import PeerConnections
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
 from kvbaton.handoff.sender import METHOD, KvSender, OutgoingTransfer, SenderCounters, Target, TransferReport
 from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
 from kvbaton.rpc.serving import Registration, channel, serving
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
+from support.connections import PeerConnections
 from support.fakes import GEOMETRY, PATIENCE, FakeStore, fingerprint, forever, header
 
 BLOCKS, SOURCE_BLOCKS = [9, 2, 11, 4], [0, 1, 2, 3]

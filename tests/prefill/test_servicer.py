@@ -3,19 +3,24 @@ RPC's, and however the stream ends, sending has ended before the blocks are free
 """
 
 import asyncio
+import threading
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
 
+from kvbaton.engine.counters import Counts
 from kvbaton.engine.scheduler import Batch
 from kvbaton.engine.tokens import pack_token_ids
+from kvbaton.handoff.conversation import Conversation
+from kvbaton.handoff.incoming_links import LinkBook, LinkEndedError
 from kvbaton.v1 import kv_transfer_pb2
 from kvbaton.v1 import prefill_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 from kvbaton.v1.prefill_pb2_grpc import PrefillServiceStub
 from kvbaton.worker.engine_thread import RequestHandle
-from support.fakes import GEOMETRY, PATIENCE, Gate
+from support.fakes import GEOMETRY, PATIENCE, Gate, forever
 from support.prefill_worker import BLOCKS, refusal, working
 
 
@@ -239,11 +244,80 @@ async def test_a_failing_model_ends_the_rpc_and_the_transfer() -> None:
         await worker.assert_free()
 
 
-async def test_a_peer_is_connected_before_a_request_needs_it() -> None:
-    async with working() as worker:
+async def test_a_peer_is_linked_before_a_request_needs_it() -> None:
+    async with working(shares_memory=True) as worker:
         stub = PrefillServiceStub(worker.channel)
         answer = await stub.ConnectPeer(pb.ConnectPeerRequest(endpoint=worker.kv_address), timeout=PATIENCE)
-        assert (answer.link.endpoint, answer.link.transport) == (worker.kv_address, "grpc")
+        assert (answer.link.endpoint, answer.link.transport) == (worker.kv_address, "shared_memory")
+        assert len(worker.links) == 1
+
+
+async def test_a_peer_that_cannot_be_reached_is_unavailable() -> None:
+    async with working() as worker:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await PrefillServiceStub(worker.channel).ConnectPeer(
+                pb.ConnectPeerRequest(endpoint="127.0.0.1:1"), timeout=PATIENCE
+            )
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "no link with decode worker 127.0.0.1:1" in (caught.value.details() or "")
+
+
+async def test_a_prompt_is_handed_over_by_reference() -> None:
+    async with working(shares_memory=True) as worker:
+        call = worker.call(worker.request())
+        await call.read()
+        finished = await call.read()
+        assert finished.finished.transfer.transport == "shared_memory"
+        assert worker.applied == [20]
+        assert worker.sink.content(BLOCKS, range(10)) != bytes(len(worker.sink.content(BLOCKS, range(10))))
+        await worker.assert_free()
+
+
+async def test_a_link_that_the_receiver_has_forgotten_is_made_anew_within_the_request() -> None:
+    async with working(shares_memory=True) as worker:
+        stub = PrefillServiceStub(worker.channel)
+        request = pb.ConnectPeerRequest(endpoint=worker.kv_address)
+        await stub.ConnectPeer(request, timeout=PATIENCE)
+        for link in list(worker.links._links.values()):
+            worker.links.remove(link)
+        call = worker.call(worker.request())
+        await call.read()
+        assert (await call.read()).finished.transfer.transport == "shared_memory"
+        assert worker.applied == [20]
+        await worker.assert_free()
+
+
+async def test_a_receiver_that_forgets_every_link_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = Mock(side_effect=LinkEndedError("link_id: unknown"))
+    monkeypatch.setattr(LinkBook, "find", find)
+    async with working(shares_memory=True) as worker:
+        error = await refusal(worker.call(worker.request()))
+        assert error.code() is grpc.StatusCode.ABORTED
+        assert find.call_count == 2
+        assert worker.applied == []
+        await worker.assert_free()
+
+
+async def test_what_is_cancelled_before_it_is_confirmed_is_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = threading.Event()
+    answer = Conversation.answer
+
+    async def never_copied(self: Conversation, expected: str) -> kv_transfer_pb2.TransferResponse:
+        answered = await answer(self, expected)
+        if expected == "copied":
+            copied.set()
+            await forever()
+        return answered
+
+    monkeypatch.setattr(Conversation, "answer", never_copied)
+    async with working(shares_memory=True) as worker:
+        call = worker.call(worker.request())
+        assert await asyncio.to_thread(copied.wait, PATIENCE)
+        assert (await worker.runtime.engine.snapshot()).counts == Counts(handing_off=1)
+        call.cancel()
+        await worker.assert_free()
+        assert worker.applied == []
+        worker.book.find(worker.reservation.ticket)
 
 
 async def test_a_peer_without_an_address_is_refused() -> None:

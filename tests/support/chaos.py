@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 
 from kvbaton.engine.geometry import KvGeometry
 from kvbaton.handoff.http2.server import serving_kv
-from kvbaton.handoff.peers import PeerConnections
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
 from kvbaton.handoff.sender import KvSender, OutgoingTransfer, SenderCounters, Target, TransferReport
 from kvbaton.handoff.servicer import KvTransferServicer
 from kvbaton.v1 import types_pb2 as types
+from support.connections import PeerConnections
 from support.fakes import GEOMETRY, PATIENCE, FakeStore, fingerprint
 from support.fault_proxy import FaultProxy, fault_proxy
 

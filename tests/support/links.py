@@ -198,7 +198,7 @@ class Network:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def connect(self, endpoint: str, timeout: float) -> LinkedConnection:
+    async def connect(self, endpoint: str, timeout: float) -> Any:
         await self.gate.wait()
         receiver = self.receivers.get(endpoint)
         if receiver is None:

@@ -12,8 +12,11 @@ from kvbaton.engine.counters import Counts
 from kvbaton.engine.scheduler import Limits
 from kvbaton.engine.tokens import pack_token_ids
 from kvbaton.handoff.codec import decode_message
-from kvbaton.handoff.http2.server import serving_kv
-from kvbaton.handoff.peers import PeerConnections
+from kvbaton.handoff.http2.client import Connection
+from kvbaton.handoff.http2.server import Methods, serving_kv
+from kvbaton.handoff.incoming_links import LinkBook
+from kvbaton.handoff.link_call import LinkCall
+from kvbaton.handoff.links import LINK_METHOD, LinkTable
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
 from kvbaton.handoff.sender import KvSender, SenderCounters, TransferReport
 from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
@@ -26,6 +29,7 @@ from kvbaton.v1.prefill_pb2_grpc import PrefillServiceStub
 from kvbaton.worker.loop_thread import LoopThread
 from kvbaton.worker.runtime import WorkerRuntime
 from support.fakes import PATIENCE, FakeRunner, FakeStore, fingerprint, make_runtime
+from support.links import FakeOpener, FakeSharedPool, Memory, book, offer
 
 PROMPT = list(range(5, 15))
 BLOCKS = [9, 2, 11]
@@ -52,6 +56,9 @@ class Worker:
         self.runner = FakeRunner(self.source, self.transfers.layer_done)
         limits = Limits(max_prefill_tokens=4, max_decode_seqs=0, max_waiting=4)
         self.runtime: WorkerRuntime = make_runtime(self.source, self.runner, limits, NUM_BLOCKS, tokenizer)
+        self.memory = Memory(self.source, self.sink)
+        self.opener = FakeOpener(self.memory)
+        self.links: LinkBook = book([self.opener])
         self.book, self.applied = TicketBook(), list[int]()
         self.reservation: Reservation = self.book.open(BLOCKS, range(10), 1000, self.applied.append)
         self.sender = WatchedSender(self.source, fingerprint(), types.HostIdentity(), self.sent)
@@ -83,22 +90,29 @@ class Worker:
 
 
 @asynccontextmanager
-async def working(receive: Callable[..., Any] | None = None, tokenizer: Any = None) -> AsyncIterator[Worker]:
+async def working(
+    receive: Callable[..., Any] | None = None, tokenizer: Any = None, shares_memory: bool = False
+) -> AsyncIterator[Worker]:
     """A worker and a receiver, which is `receive(messages, context)` where that is given."""
     worker, counters = Worker(tokenizer), ReceiverCounters()
-    receiver = KvTransferServicer(lambda: IncomingTransfer(worker.book, worker.sink, fingerprint(), counters), counters)
+    receiver = KvTransferServicer(
+        lambda: IncomingTransfer(worker.book, worker.sink, fingerprint(), counters, worker.links), counters
+    )
+    pools = [FakeSharedPool(worker.memory)] if shares_memory else []
+    links = LinkTable(offer(pools), Connection.open)
     async with asyncio.timeout(PATIENCE), AsyncExitStack() as stack:
         if receive is None:
-            worker.kv_address = (await stack.enter_async_context(serving_kv(receiver.methods, "127.0.0.1", 0))).address
+            methods: Methods = {**receiver.methods, LINK_METHOD: lambda stream: LinkCall(worker.links, stream)}
+            worker.kv_address = (await stack.enter_async_context(serving_kv(methods, "127.0.0.1", 0))).address
         else:
             kv_service = Registration(SERVICE_NAME, _adder(receive))
             kv_server = await stack.enter_async_context(serving([kv_service], "127.0.0.1", 0, grace_seconds=0))
             worker.kv_address = kv_server.address
         kv_thread = await stack.enter_async_context(LoopThread("kv", asyncio.new_event_loop))
-        peers = PeerConnections()
-        stack.push_async_callback(lambda: kv_thread.call(peers.close()))
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        stack.callback(group.create_task(kv_thread.call(links.run())).cancel)
         stack.enter_context(worker.runtime.engine)
-        worker.servicer = PrefillServicer(worker.runtime, worker.transfers, worker.sender, peers, kv_thread)
+        worker.servicer = PrefillServicer(worker.runtime, worker.transfers, worker.sender, links, kv_thread)
         services = [worker.servicer.registration]
         server = await stack.enter_async_context(serving(services, "127.0.0.1", 0, grace_seconds=0))
         worker.channel = await stack.enter_async_context(channel(server.address))
@@ -111,8 +125,21 @@ def _adder(receive: Callable[..., Any]) -> Callable[[grpc.aio.Server], None]:
         request_deserializer=decode_message,
         response_serializer=kv_transfer_pb2.TransferResponse.SerializeToString,
     )
-    generic = grpc.method_handlers_generic_handler(SERVICE_NAME, {"Transfer": handler})
+    linking = grpc.stream_stream_rpc_method_handler(
+        _link,
+        request_deserializer=kv_transfer_pb2.LinkRequest.FromString,
+        response_serializer=kv_transfer_pb2.LinkResponse.SerializeToString,
+    )
+    generic = grpc.method_handlers_generic_handler(SERVICE_NAME, {"Transfer": handler, "Link": linking})
     return lambda server: server.add_generic_rpc_handlers((generic,))
+
+
+async def _link(requests: Any, context: Any) -> None:
+    link = book().begin()
+    async for request in requests:
+        answer = link.on_message(request)
+        if answer is not None:
+            await context.write(answer)
 
 
 async def read_all(call: Any) -> None:

@@ -8,7 +8,10 @@ from kvbaton.decode.config import DecodeConfig
 from kvbaton.decode.servicer import DecodeServicer
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.scheduler import Limits
-from kvbaton.handoff.http2.server import serving_kv
+from kvbaton.handoff.http2.server import Methods, serving_kv
+from kvbaton.handoff.incoming_links import LinkBook
+from kvbaton.handoff.link_call import LinkCall
+from kvbaton.handoff.links import LINK_METHOD
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, TicketBook
 from kvbaton.handoff.servicer import KvTransferServicer
 from kvbaton.rpc.serving import Registration, Server, check_peer, probe
@@ -16,6 +19,7 @@ from kvbaton.v1 import worker_pb2
 from kvbaton.worker.loop_thread import LoopThread, entered_on
 from kvbaton.worker.runtime import WorkerRuntime
 from kvbaton.worker.service import Offer, serve_worker
+from kvbaton.worker.transports import pool_openers
 
 
 class DecodeSide:
@@ -39,10 +43,13 @@ class DecodeSide:
     async def open(self, runtime: WorkerRuntime, kv_thread: LoopThread) -> AsyncIterator[Registration]:
         """Offer the service, and KvTransferService beside it."""
         config, book = self._config, TicketBook()
+        fingerprint, counters = runtime.model.fingerprint, self.counters
+        links = LinkBook(runtime.incarnation, runtime.host, config.transport, pool_openers(config, runtime))
         receiver = KvTransferServicer(
-            lambda: IncomingTransfer(book, runtime.store, runtime.model.fingerprint, self.counters), self.counters
+            lambda: IncomingTransfer(book, runtime.store, fingerprint, counters, links), counters
         )
-        kv_serving = serving_kv(receiver.methods, config.host, config.kv_port)
+        methods: Methods = {**receiver.methods, LINK_METHOD: lambda stream: LinkCall(links, stream)}
+        kv_serving = serving_kv(methods, config.host, config.kv_port)
         async with entered_on(kv_thread, kv_serving) as kv_server:
             self._kv_port = kv_server.port
             yield DecodeServicer(runtime, book, kv_server.port, config.kv_endpoint).registration

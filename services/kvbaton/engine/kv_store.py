@@ -33,6 +33,11 @@ class KvStore(Protocol):
         """The shape of one token's KV."""
         ...
 
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        ...
+
     def read(self, layers: range, blocks: Sequence[int], tokens: range) -> Sequence[memoryview]:
         """The KV of `tokens` in `layers`, as parts which one after the other are a payload.
 

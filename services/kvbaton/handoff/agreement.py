@@ -50,6 +50,10 @@ class Agreement:
     choice: Choice
 
 
+BY_GRPC = Agreement(b"", "", Choice(GRPC, "nothing was agreed on", warn=False))
+"""What needs no link."""
+
+
 @dataclass(slots=True)
 class LinkOffer:
     """What this worker offers to every receiver; makes the sender's half of each link."""

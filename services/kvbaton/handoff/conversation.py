@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError
 from kvbaton.engine.errors import KvbatonError, NotFoundError, TransferRejectedError, UnavailableError
 from kvbaton.engine.kv_store import Buffer
 from kvbaton.handoff.http2.calls import ClientStream, StreamEndedError
+from kvbaton.handoff.incoming_links import LinkEndedError
 from kvbaton.v1 import kv_transfer_pb2 as pb
 
 # While the prompt is being computed nothing moves on the stream, so only the answers to what was sent are timed; what
@@ -33,8 +34,9 @@ class Conversation:
     async def answer(self, expected: str) -> pb.TransferResponse:
         """The next answer.
 
-        Raises TransferRejectedError when the receiver refuses, NotFoundError for a bad ticket, TimeoutError at the
-        call's deadline, and UnavailableError when it is lost, silent, or answers anything but `expected`.
+        Raises TransferRejectedError when the receiver refuses (LinkEndedError where only the link was wrong),
+        NotFoundError for a bad ticket, TimeoutError at the call's deadline, and UnavailableError when it is lost,
+        silent, or answers anything but `expected`.
         """
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS) as limit:
@@ -94,6 +96,8 @@ class Conversation:
         except DecodeError as error:
             raise self.wrong("what cannot be parsed") from error
         if answer.HasField("rejected"):
+            if answer.rejected.link_ended:
+                raise LinkEndedError(f"{self._peer}: {answer.rejected.reason}")
             raise TransferRejectedError(f"{self._peer}: {answer.rejected.reason}")
         kind = answer.WhichOneof("message")
         if kind != expected:

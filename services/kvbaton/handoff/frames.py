@@ -14,6 +14,9 @@ from kvbaton.engine.geometry import KvGeometry
 FRAME_BYTES = 1 << 20
 """Most payload bytes a frame carries: small ones cost per message, large ones hold up the loop that carries them."""
 
+REFERENCE_FRAME_BYTES = 4 << 20
+"""The same where a frame names blocks: its message is small, and what it names is copied in one go."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rectangle:
@@ -44,11 +47,13 @@ class FramePlanner:
         self._ready = [token_start] * geometry.num_layers
         self._sent = [token_start] * geometry.num_layers
 
-    def begin(self, window_start: int) -> None:
+    def begin(self, window_start: int, frame_bytes: int | None = None) -> None:
         """Layers with a sliding window leave out the tokens before `window_start`. Call it before the first `next`.
 
-        Without such layers nothing happens. Raises ValueError when it is not within the tokens to send.
+        Frames hold `frame_bytes` at the most, if that is given. Raises ValueError when the start is not within the
+        tokens to send.
         """
+        self._frame_bytes = frame_bytes or self._frame_bytes
         if self._geometry.window is None:
             return
         if not self._start <= window_start <= self._stop:

@@ -12,10 +12,11 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from kvbaton.engine.errors import KvbatonError, OverloadedError, UnavailableError
-from kvbaton.handoff.agreement import Agreement, LinkOffer, LinkStream
+from kvbaton.handoff.agreement import Agreement, LinkOffer
+from kvbaton.handoff.http2.calls import ClientStream
+from kvbaton.handoff.http2.client import Connection
 from kvbaton.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -24,26 +25,6 @@ LINK_METHOD = "/kvbaton.v1.KvTransferService/Link"
 CONNECT_TIMEOUT_SECONDS = 10.0
 MAX_LINKS = 256
 """Most receivers that a sender is linked with at once; the one unused longest makes room."""
-
-
-class Stream(LinkStream, Protocol):
-    """A stream of a connection."""
-
-    def cancel(self) -> None:
-        """End it now; harmless when it has ended."""
-        ...
-
-
-class Connection(Protocol):
-    """A connection to a receiver, as `http2` has it."""
-
-    def call(self, method: str, timeout: float | None) -> Stream:
-        """Open a stream."""
-        ...
-
-    async def close(self) -> None:
-        """End it, and every stream on it."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -183,19 +164,21 @@ class LinkTable:
         await self._make_room()
         await self._follow(link, stream)
 
-    async def _agree(self, endpoint: str) -> tuple[Link, Stream]:
-        connection = await self._connect(endpoint, CONNECT_TIMEOUT_SECONDS)
+    async def _agree(self, endpoint: str) -> tuple[Link, ClientStream]:
         try:
-            stream = connection.call(LINK_METHOD, None)
-            agreement = await self._offer.agree(stream)
-        except BaseException as error:
-            await connection.close()
-            if isinstance(error, KvbatonError):
-                raise UnavailableError(f"no link with decode worker {endpoint}: {error}") from error
-            raise
+            connection = await self._connect(endpoint, CONNECT_TIMEOUT_SECONDS)
+            try:
+                stream = connection.call(LINK_METHOD, None)
+                agreement = await self._offer.agree(stream)
+            except BaseException:
+                await connection.close()
+                raise
+        except KvbatonError as error:
+            reason = str(error).removeprefix(endpoint).lstrip(": ")
+            raise UnavailableError(f"no link with decode worker {endpoint}: {reason}") from error
         return Link(endpoint, connection, agreement), stream
 
-    async def _follow(self, link: Link, stream: Stream) -> None:
+    async def _follow(self, link: Link, stream: ClientStream) -> None:
         """Until the link's stream ends: the receiver sends nothing more on it."""
         reason = "its stream has ended"
         try:

@@ -2,7 +2,8 @@
 
 `OutgoingTransfer` is told by the engine's thread what is ready; `send` runs on the event loop that KV has to itself,
 hands the kernel views of blocks that stay held until it returns, and is paced by flow control: what waits is a few
-numbers, not bytes.
+numbers, not bytes. Where a link gives the receiver access to those blocks it only names them, and confirms at the end
+that it has held them.
 """
 
 import asyncio
@@ -13,14 +14,17 @@ from dataclasses import dataclass
 
 from kvbaton.engine.errors import TransferRejectedError
 from kvbaton.engine.geometry import KvGeometry
-from kvbaton.engine.kv_store import KvStore
+from kvbaton.engine.kv_store import Buffer, KvStore
 from kvbaton.handoff import wire
+from kvbaton.handoff.agreement import BY_GRPC, Agreement
+from kvbaton.handoff.choice import CUDA_IPC, GRPC, Choice
 from kvbaton.handoff.clock import wall_ns
-from kvbaton.handoff.codec import RunningDigest, crc32c, encode_frame_start, encode_message
+from kvbaton.handoff.codec import RunningDigest, crc32c, encode_frame_start, encode_message, encode_reference
 from kvbaton.handoff.conversation import Conversation
-from kvbaton.handoff.frames import FramePlanner, Rectangle
+from kvbaton.handoff.frames import REFERENCE_FRAME_BYTES, FramePlanner, Rectangle
 from kvbaton.handoff.http2.calls import StreamEndedError
 from kvbaton.handoff.http2.client import Connection
+from kvbaton.handoff.incoming_links import LinkEndedError
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
@@ -56,6 +60,8 @@ class TransferReport:
     first_frame_ns: int = 0
     computed_ns: int = 0
     applied_ns: int = 0
+    choice: Choice = BY_GRPC.choice
+    """The transport, and why it was chosen."""
 
     @property
     def seconds(self) -> float:
@@ -107,13 +113,15 @@ class OutgoingTransfer:
             self.first_token_id = token_id
             self._wake()
 
-    def begin(self, window_start: int) -> None:
+    def begin(self, window_start: int, frame_bytes: int | None) -> None:
         """Sender's loop, before the first `next`: layers with a sliding window leave out what comes before.
+
+        A frame then covers `frame_bytes` of payload at the most, if that is given.
 
         Raises ValueError when that is not within the tokens to send.
         """
         with self._lock:
-            self._planner.begin(window_start)
+            self._planner.begin(window_start, frame_bytes)
 
     def attach(self) -> None:
         """Sender's loop: changes are announced here from now on."""
@@ -157,16 +165,26 @@ class KvSender:
         self._counters = counters
 
     async def send(
-        self, connection: Connection, target: Target, outgoing: OutgoingTransfer, timeout: float | None
+        self,
+        connection: Connection,
+        target: Target,
+        outgoing: OutgoingTransfer,
+        timeout: float | None,
+        agreement: Agreement = BY_GRPC,
     ) -> TransferReport:
         """Move everything to `target` and return once it was applied. `timeout` is the request's, in seconds.
 
-        Raises TransferRejectedError, NotFoundError (ticket), UnavailableError (receiver lost) or TimeoutError.
+        `agreement` is that of the link on this connection. Raises LinkEndedError where the receiver does not know it
+        any more: the same transfer may then be sent once more, by another link. Raises TransferRejectedError,
+        NotFoundError (ticket), UnavailableError (receiver lost) or TimeoutError as well.
         """
         outgoing.attach()
+        outgoing.report.choice = agreement.choice
         conversation = Conversation(connection.call(METHOD, timeout), target.endpoint)
         try:
-            await self._converse(conversation, target, outgoing)
+            await self._converse(conversation, target, outgoing, agreement)
+        except LinkEndedError:
+            raise
         except TransferRejectedError:
             self._counters.transfers_rejected += 1
             raise
@@ -174,18 +192,29 @@ class KvSender:
             conversation.close()
         return outgoing.report
 
-    async def _converse(self, conversation: Conversation, target: Target, outgoing: OutgoingTransfer) -> None:
+    async def _converse(
+        self, conversation: Conversation, target: Target, outgoing: OutgoingTransfer, agreement: Agreement
+    ) -> None:
+        transport = agreement.choice.transport
         with contextlib.suppress(StreamEndedError):
-            await conversation.say([encode_message(self._header(target))])
+            await conversation.say([encode_message(self._header(target, agreement))])
         ready = (await conversation.answer("ready")).ready
+        if ready.transport != transport:
+            raise conversation.wrong(f"{ready.transport[:20]!r} to an offer of {transport!r}")
         try:
-            outgoing.begin(ready.window_start)
+            outgoing.begin(ready.window_start, None if transport == GRPC else REFERENCE_FRAME_BYTES)
         except ValueError as error:
             raise conversation.wrong(error) from error
         sent = await conversation.unless_answered(lambda: self._frames(conversation, target, outgoing))
-        await conversation.answer("applied")
+        expected = "applied" if transport == GRPC else "copied"
+        await conversation.answer(expected)
         if not sent:
-            raise conversation.early("applied")
+            raise conversation.early(expected)
+        if transport != GRPC:
+            # The blocks are held until this returns: so they were all the time.
+            with contextlib.suppress(StreamEndedError):
+                await conversation.say([encode_message(pb.KvConfirm())], last=True)
+            await conversation.answer("applied")
         outgoing.report.applied_ns = wall_ns()
         self._counters.transfers_applied += 1
         await conversation.finish()
@@ -193,21 +222,12 @@ class KvSender:
     async def _frames(self, conversation: Conversation, target: Target, outgoing: OutgoingTransfer) -> None:
         digest, report = RunningDigest(), outgoing.report
         while (rectangle := await outgoing.next()) is not None:
-            layers, tokens = rectangle.layers, rectangle.tokens
-            parts = self._store.read(layers, outgoing.blocks, tokens)
-            info = pb.FrameInfo(
-                number=report.frames,
-                attempt=target.attempt,
-                layer_start=layers.start,
-                layer_stop=layers.stop,
-                token_start=tokens.start,
-                token_stop=tokens.stop,
-                crc32c=crc32c(parts),
-            )
+            info, message = self._frame(target, outgoing, rectangle)
             digest.add(info)
             report.first_frame_ns = report.first_frame_ns or wall_ns()
-            size = sum(map(len, parts))
-            await conversation.say([encode_frame_start(info, size), *parts])
+            await conversation.say(message)
+            layers, tokens = rectangle.layers, rectangle.tokens
+            size = self._store.geometry.span_bytes(layers.start, layers.stop, len(tokens))
             report.frames += 1
             report.payload_bytes += size
             self._counters.kv_bytes_sent += size
@@ -218,9 +238,36 @@ class KvSender:
             payload_bytes=report.payload_bytes,
             digest=digest.value(outgoing.first_token_id),
         )
-        await conversation.say([encode_message(commit)], last=True)
+        await conversation.say([encode_message(commit)], last=report.choice.transport == GRPC)
 
-    def _header(self, target: Target) -> pb.KvHeader:
+    def _frame(
+        self, target: Target, outgoing: OutgoingTransfer, rectangle: Rectangle
+    ) -> tuple[pb.FrameInfo, Sequence[Buffer]]:
+        """The next frame: what identifies it, and its message."""
+        layers, tokens, transport = rectangle.layers, rectangle.tokens, outgoing.report.choice.transport
+        info = pb.FrameInfo(
+            number=outgoing.report.frames,
+            attempt=target.attempt,
+            layer_start=layers.start,
+            layer_stop=layers.stop,
+            token_start=tokens.start,
+            token_stop=tokens.stop,
+        )
+        if transport == CUDA_IPC:
+            # The KV would have to leave the device for a checksum of it.
+            return info, [encode_reference(info, self._blocks(outgoing.blocks, tokens))]
+        parts = self._store.read(layers, outgoing.blocks, tokens)
+        info.crc32c = crc32c(parts)
+        if transport == GRPC:
+            return info, [encode_frame_start(info, sum(map(len, parts))), *parts]
+        return info, [encode_reference(info, self._blocks(outgoing.blocks, tokens))]
+
+    def _blocks(self, blocks: Sequence[int], tokens: range) -> Sequence[int]:
+        """Those of `blocks` that hold `tokens`."""
+        size = self._store.block_size
+        return blocks[tokens.start // size : (tokens.stop - 1) // size + 1]
+
+    def _header(self, target: Target, agreement: Agreement) -> pb.KvHeader:
         return pb.KvHeader(
             ticket=target.ticket,
             attempt=target.attempt,
@@ -228,6 +275,7 @@ class KvSender:
             geometry=wire.geometry_to_proto(self._store.geometry),
             token_start=target.tokens.start,
             token_stop=target.tokens.stop,
-            transports=["grpc"],
+            transports=[agreement.choice.transport],
             host=self._host,
+            link_id=agreement.link_id if agreement.choice.transport != GRPC else b"",
         )

@@ -5,43 +5,59 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from kvbaton.engine.scheduler import Limits
-from kvbaton.handoff.peers import PeerConnections
+from kvbaton.handoff.agreement import LinkOffer
+from kvbaton.handoff.http2.client import Connection
+from kvbaton.handoff.links import LinkTable
 from kvbaton.handoff.sender import KvSender, SenderCounters
 from kvbaton.prefill.config import PrefillConfig
 from kvbaton.prefill.servicer import OutgoingTransfers, PrefillServicer
 from kvbaton.rpc.serving import Registration, Server
 from kvbaton.v1 import worker_pb2
+from kvbaton.worker.config import WorkerConfig
 from kvbaton.worker.loop_thread import LoopThread
 from kvbaton.worker.runtime import WorkerRuntime
 from kvbaton.worker.service import Offer, serve_worker
+from kvbaton.worker.transports import shared_pools
 
 
 class PrefillSide:
     """What a worker needs to offer PrefillService: the sending half of the hand-off."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._links: LinkTable | None = None
         self.transfers = OutgoingTransfers()
         self.counters = SenderCounters()
 
     @asynccontextmanager
     async def open(self, runtime: WorkerRuntime, kv_thread: LoopThread) -> AsyncIterator[Registration]:
-        """Offer the service; connections to decode workers are closed at the end."""
+        """Offer the service; links with decode workers end with it."""
         sender = KvSender(runtime.store, runtime.model.fingerprint, runtime.host, self.counters)
-        peers = PeerConnections()
-        try:
-            yield PrefillServicer(runtime, self.transfers, sender, peers, kv_thread).registration
-        finally:
-            await kv_thread.call(peers.close())
+        pools = shared_pools(self._config, runtime)
+        offer = LinkOffer(runtime.incarnation, runtime.host, self._config.transport, pools)
+        links = self._links = LinkTable(offer, Connection.open)
+        async with asyncio.TaskGroup() as group:
+            keeping = group.create_task(kv_thread.call(links.run()))
+            try:
+                yield PrefillServicer(runtime, self.transfers, sender, links, kv_thread).registration
+            finally:
+                keeping.cancel()
+
+    def describe(self, status: worker_pb2.WorkerStatus) -> None:
+        """Tell in a worker's status whom it is linked with."""
+        if self._links is not None:
+            status.links.extend(self._links.report)
 
 
 async def serve_prefill(config: PrefillConfig, stop: asyncio.Event, started: "asyncio.Future[Server]") -> None:
     """Serve until `stop` is set, as `serve_worker` does."""
-    side = PrefillSide()
+    side = PrefillSide(config)
     offer = Offer(
         role=worker_pb2.WORKER_ROLE_PREFILL,
         limits=Limits(max_prefill_tokens=config.max_prefill_tokens, max_decode_seqs=0, max_waiting=config.max_waiting),
         services=[side.open],
         on_layer=side.transfers.layer_done,
         sent=side.counters,
+        describe=[side.describe],
     )
     await serve_worker(config, offer, stop, started)

@@ -13,7 +13,8 @@ import grpc
 from kvbaton.engine.errors import InvalidArgumentError
 from kvbaton.engine.request import Request, Route
 from kvbaton.engine.scheduler import Batch
-from kvbaton.handoff.peers import PeerConnections
+from kvbaton.handoff.incoming_links import LinkEndedError
+from kvbaton.handoff.links import LinkTable
 from kvbaton.handoff.receiver import TICKET_BYTES
 from kvbaton.handoff.sender import KvSender, OutgoingTransfer, Target, TransferReport
 from kvbaton.rpc import telemetry
@@ -21,7 +22,6 @@ from kvbaton.rpc.serving import Registration, parse_address
 from kvbaton.text.output import OutputText
 from kvbaton.v1 import prefill_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
-from kvbaton.v1 import worker_pb2
 from kvbaton.v1.prefill_pb2_grpc import PrefillServiceServicer, add_PrefillServiceServicer_to_server
 from kvbaton.worker.engine_thread import RequestHandle
 from kvbaton.worker.loop_thread import LoopThread
@@ -63,14 +63,14 @@ class PrefillServicer(PrefillServiceServicer):
         runtime: WorkerRuntime,
         transfers: OutgoingTransfers,
         sender: KvSender,
-        peers: PeerConnections,
+        links: LinkTable,
         kv_thread: LoopThread,
     ) -> None:
-        """`sender` and `peers` are used on `kv_thread` only."""
+        """`sender` and `links` are used on `kv_thread` only."""
         self._runtime = runtime
         self._transfers = transfers
         self._sender = sender
-        self._peers = peers
+        self._links = links
         self._kv_thread = kv_thread
 
     @property
@@ -125,16 +125,22 @@ class PrefillServicer(PrefillServiceServicer):
         """See the proto."""
         _check_endpoint(request.endpoint, "endpoint")
 
-        await self._kv_thread.call(self._peers.get(request.endpoint))
-        link = worker_pb2.PeerLink(endpoint=request.endpoint, transport="grpc", reason="there is no other")
+        link = await self._kv_thread.call(self._links.connect(request.endpoint, request.incarnation))
         return pb.ConnectPeerResponse(link=link)
 
     async def _send(self, target: Target, transfer: OutgoingTransfer, timeout: float | None) -> TransferReport:
-        async def send() -> TransferReport:
-            connection = await self._peers.get(target.endpoint)
-            return await self._sender.send(connection, target, transfer, timeout)
+        async def send(last: bool) -> TransferReport:
+            async with self._links.using(target.endpoint) as link:
+                try:
+                    return await self._sender.send(link.connection, target, transfer, timeout, link.agreement)
+                except LinkEndedError:
+                    await self._links.retire(link)
+                    if last:
+                        raise
+            # The receiver has forgotten the link, and has not used the attempt up.
+            return await send(last=True)
 
-        return await self._kv_thread.call(send())
+        return await self._kv_thread.call(send(last=False))
 
 
 def _target(target: pb.TransferTarget, num_tokens: int) -> Target:
@@ -171,7 +177,7 @@ def _finished(request: Request, report: TransferReport | None) -> pb.PrefillFini
     if report is not None:
         finished.transfer.CopyFrom(
             types.TransferStats(
-                transport="grpc",
+                transport=report.choice.transport,
                 payload_bytes=report.payload_bytes,
                 frames=report.frames,
                 seconds=report.seconds,
@@ -191,7 +197,9 @@ def _record_spans(request: Request, report: TransferReport | None) -> None:
             {
                 telemetry.ATTR_TRANSFER_BYTES: report.payload_bytes,
                 telemetry.ATTR_TRANSFER_FRAMES: report.frames,
-                telemetry.ATTR_TRANSFER_TRANSPORT: "grpc",
+                telemetry.ATTR_TRANSFER_TRANSPORT: report.choice.transport,
+                telemetry.ATTR_TRANSFER_REASON: report.choice.reason,
+                telemetry.ATTR_TRANSFER_PROBED: report.choice.bytes_per_second,
                 telemetry.ATTR_TRANSFER_OVERLAPPED_SHARE: report.overlapped_share,
             },
         )

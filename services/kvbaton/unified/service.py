@@ -17,7 +17,7 @@ from kvbaton.worker.service import Offer, serve_worker
 
 async def serve_unified(config: UnifiedConfig, stop: asyncio.Event, started: "asyncio.Future[Server]") -> None:
     """Serve until `stop` is set, as `serve_worker` does."""
-    prefill, decode = PrefillSide(), DecodeSide(config)
+    prefill, decode = PrefillSide(config), DecodeSide(config)
     await decode.check()
     offer = Offer(
         role=worker_pb2.WORKER_ROLE_UNIFIED,
@@ -31,6 +31,6 @@ async def serve_unified(config: UnifiedConfig, stop: asyncio.Event, started: "as
         on_layer=prefill.transfers.layer_done,
         sent=prefill.counters,
         received=decode.counters,
-        describe=[decode.describe],
+        describe=[prefill.describe, decode.describe],
     )
     await serve_worker(config, offer, stop, started)
