@@ -143,6 +143,7 @@ class ClientStream:
         self._call = call
         self._carrier = carrier
         self._half_closed = False
+        self._yields = False
 
     @property
     def half_closed(self) -> bool:
@@ -166,14 +167,23 @@ class ClientStream:
     async def send(self, parts: Sequence[Buffer], *, last: bool = False) -> None:
         """Send one message, the parts' concatenation, without copying it; returns when the kernel has all of it.
 
-        When this is cancelled the parts may be used again at once, and the call ends. Raises StreamEndedError when
-        the call has ended, and UnavailableError when the peer takes nothing for ten seconds.
+        When this is cancelled the parts may be used again at once, and a message cut short ends the call. Raises
+        StreamEndedError when the call has ended, also because the peer has taken nothing for ten seconds.
         """
         message = MessageWriter(parts)
-        while message.left:
-            size = await self._credit(message.left)
-            payload = message.take(size)
-            await self._send_frame(payload, size, last=last and not message.left)
+        try:
+            while message.left:
+                if self._yields:
+                    # A kernel that takes everything at once must not keep the loop from all else.
+                    self._yields = False
+                    await asyncio.sleep(0)
+                size = await self._credit(message.left)
+                payload = message.take(size)
+                await self._send_frame(payload, size, last=last and not message.left)
+        except asyncio.CancelledError:
+            if message.begun:
+                self.cancel()
+            raise
 
     async def receive(self) -> bytes | None:
         """The next message; None when the call has ended with OK. To be awaited by one task at a time.
@@ -237,14 +247,11 @@ class ClientStream:
         endpoint.send_window.take(size)
         job = FrameJob(pack_header(size, Kind.DATA, END_STREAM if last else 0, stream.id), payload, size)
         self._carrier.submit(job)
+        self._yields = not job.left
         try:
-            if job.left:
-                await job.wait()
-            elif not last:
-                # A kernel that takes everything at once must not keep the loop from all else.
-                await asyncio.sleep(0)
+            await job.wait()
         except asyncio.CancelledError:
-            if job.left or not last:
+            if job.left:
                 self._give_up(job, size)
             raise
         finally:

@@ -254,6 +254,8 @@ class Carrier:
             self._end(Code.NO_ERROR, f"the peer sent nothing for {GONE_AFTER_TICKS} s within a frame")
         elif self._silent >= PING_AFTER_TICKS + GONE_AFTER_TICKS:
             self._end(Code.NO_ERROR, f"the peer answered no ping for {GONE_AFTER_TICKS} s")
+        elif self._endpoint.going_away and not self._endpoint.streams:
+            self.close(Code.NO_ERROR, "the peer has gone away")
         else:
             if self._silent == PING_AFTER_TICKS:
                 self._endpoint.ping()

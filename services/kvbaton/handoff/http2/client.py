@@ -84,6 +84,12 @@ class Connection:
             call.deadline = loop.call_later(timeout, self._expire, call)
         return ClientStream(call, self._carrier)
 
+    async def __aenter__(self) -> "Connection":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
     async def close(self) -> None:
         """End the connection, and with it the calls that are left: they fail with UnavailableError."""
         self._carrier.close(Code.NO_ERROR, "the connection was closed")

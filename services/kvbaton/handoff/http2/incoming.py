@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 class IncomingCall(Protocol):
     """Receives one call's messages. All of this happens on the server's loop, and must not block for long.
 
-    What any of these methods, or a placement's guard, raises comes back as `on_failure`.
+    What any of these methods, or a placement's guard, raises ends the call with its status by `rpc.errors`, unless it
+    has been ended already.
     """
 
     def place(self, start: memoryview, size: int) -> Placement | None:
@@ -44,10 +45,6 @@ class IncomingCall(Protocol):
 
     def on_half_close(self) -> None:
         """The client sends no more. The call goes on until `ServerStream.end`."""
-        ...
-
-    def on_failure(self, error: Exception) -> None:
-        """Answer what is to be answered, and end the stream; where this does not, it ends with the error's status."""
         ...
 
     def on_end(self) -> None:
@@ -172,16 +169,7 @@ class ServedCall:
         """See `StreamEvents`."""
         if self.ended:
             return
-        if isinstance(error, MessageFault):
-            self.end(RpcStatus(error.code, str(error)))
-            return
-        try:
-            if self._call is not None:
-                self._call.on_failure(error)
-        except Exception as worse:
-            error = worse
-        if not self.ended:
-            self.end(to_rpc_status(error))
+        self.end(RpcStatus(error.code, str(error)) if isinstance(error, MessageFault) else to_rpc_status(error))
 
     def on_reset(self, code: Code, reason: str) -> None:
         """See `StreamEvents`."""

@@ -257,7 +257,12 @@ class MessageWriter:
         self._parts = [memoryview(part) for part in parts if len(part)]
         size = sum(map(len, self._parts))
         self._parts.insert(0, memoryview(b"\0" + size.to_bytes(4)))
-        self.left = size + PREFIX_BYTES
+        self._size = self.left = size + PREFIX_BYTES
+
+    @property
+    def begun(self) -> bool:
+        """Whether some of it was taken, and some was not."""
+        return 0 < self.left < self._size
 
     def take(self, size: int) -> list[memoryview]:
         """The next `size` bytes."""
