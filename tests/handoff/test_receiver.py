@@ -39,7 +39,7 @@ class Receiver:
 
     def begun(self, attempt: int = 1) -> IncomingTransfer:
         transfer = self.attempt()
-        assert transfer.begin(header(self.reservation.ticket, TOKENS, attempt=attempt)) == "grpc"
+        assert transfer.begin(header(self.reservation.ticket, TOKENS, attempt=attempt)).transport == "grpc"
         return transfer
 
     def frames(self, attempt: int = 1) -> list[Frame]:

@@ -41,6 +41,8 @@ class Reservation:
     vocab_size: int
     """The first token's id must be below it."""
     on_applied: Applied
+    window_start: int
+    """The first of `tokens` that layers with a sliding window need."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     attempt: int = 0
     """The newest attempt; 0 before the first."""
@@ -66,9 +68,20 @@ class TicketBook:
     def __len__(self) -> int:
         return len(self._reservations)
 
-    def open(self, blocks: Sequence[int], tokens: range, vocab_size: int, on_applied: Applied) -> Reservation:
-        """Make a ticket for reserved blocks, to be filled with the KV of `tokens`."""
-        reservation = Reservation(secrets.token_bytes(TICKET_BYTES), blocks, tokens, vocab_size, on_applied)
+    def open(
+        self,
+        blocks: Sequence[int],
+        tokens: range,
+        vocab_size: int,
+        on_applied: Applied,
+        window_start: int | None = None,
+    ) -> Reservation:
+        """Make a ticket for reserved blocks, to be filled with the KV of `tokens`.
+
+        Layers with a sliding window need those from `window_start` on; None for all of them.
+        """
+        start = tokens.start if window_start is None else window_start
+        reservation = Reservation(secrets.token_bytes(TICKET_BYTES), blocks, tokens, vocab_size, on_applied, start)
         with self._lock:
             self._reservations[reservation.ticket] = reservation
         return reservation
@@ -110,8 +123,8 @@ class IncomingTransfer:
         self._num_frames = 0
         self._payload_bytes = 0
 
-    def begin(self, header: pb.KvHeader) -> str:
-        """Accept a header and return the chosen transport.
+    def begin(self, header: pb.KvHeader) -> pb.KvReady:
+        """Accept a header, and say how its KV is to come.
 
         Raises NotFoundError for a bad ticket and TransferRejectedError, naming the field, when the two sides differ.
         """
@@ -135,9 +148,9 @@ class IncomingTransfer:
                 raise TransferRejectedError(f"attempt: {header.attempt} is not above {reservation.attempt}")
             reservation.attempt = header.attempt
         self._attempt = header.attempt
-        self._coverage = Coverage(self._store.geometry, header.token_start, header.token_stop)
+        self._coverage = Coverage(self._store.geometry, reservation.tokens, reservation.window_start)
         self._reservation = reservation
-        return "grpc"
+        return pb.KvReady(transport="grpc", window_start=reservation.window_start)
 
     def write(self, frame: Frame) -> None:
         """Verify a frame and copy its payload into the reserved blocks.

@@ -57,7 +57,7 @@ def _apply(transfer: IncomingTransfer, message: Message | WireError) -> pb.Trans
             transfer.write(message)
             return None
         case pb.KvHeader():
-            return pb.TransferResponse(ready=pb.KvReady(transport=transfer.begin(message)))
+            return pb.TransferResponse(ready=transfer.begin(message))
         case pb.KvCommit():
             return pb.TransferResponse(applied=transfer.commit(message))
         case WireError():
