@@ -4,64 +4,24 @@ held; and the ticket is good for another attempt.
 
 import contextlib
 import dataclasses
-import logging
 import random
-from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from kvbaton.engine.errors import NotFoundError, UnavailableError
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
 from kvbaton.handoff import sender as sender_module
-from kvbaton.handoff.frames import FramePlanner
 from support import chaos, faults
-from support.chaos import Ends, settled
+from support.chaos import TOKENS, Ends, settled
 from support.fault_proxy import Passed, Passing, Then, unchanged
 from support.faults import FAULTS, Fault
 from support.http2_frames import grpc_message
 
-TOKENS = range(3, 43)
 SEEDS = range(2)
 
 
 WIDE = KvGeometry((LayerGeometry(8, 32, 32),) * 4, "float32")
 """8 KiB a token."""
-
-
-def frames_of(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def planner(geometry: KvGeometry, start: int, stop: int) -> FramePlanner:
-        return FramePlanner(geometry, start, stop, num_bytes)
-
-    monkeypatch.setattr(sender_module, "FramePlanner", planner)
-
-
-@pytest.fixture(autouse=True)
-def _many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    frames_of(300, monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def _no_log() -> Iterator[None]:
-    # A captured record keeps its error, and with it the frames of whoever raised it.
-    logging.disable()
-    yield
-    logging.disable(logging.NOTSET)
-
-
-@pytest.fixture
-async def ends() -> AsyncIterator[Ends]:
-    async with chaos.ends() as made:
-        yield made
-
-
-async def undisturbed(ends: Ends, rng: random.Random) -> int:
-    """Make the connection, and return of how many frames a transfer is."""
-    reservation = ends.reserve(TOKENS, rng)
-    report = await ends.send(reservation, ends.compute(TOKENS))
-    assert ends.arrived(reservation)
-    assert ends.applied == [77]
-    ends.applied.clear()
-    return report.frames
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -70,7 +30,7 @@ async def test_a_fault_ends_in_its_error_and_leaves_nothing(
     ends: Ends, fault: Fault, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(seed)
-    num_frames = await undisturbed(ends, rng)
+    num_frames = await ends.undisturbed(rng)
     assert num_frames > 10
     descriptors = chaos.num_descriptors()
     reservation = ends.reserve(TOKENS, rng)
@@ -103,7 +63,7 @@ async def test_a_fault_ends_in_its_error_and_leaves_nothing(
 @pytest.mark.parametrize("ticket", ["forged", "used", "closed"])
 async def test_a_ticket_is_good_for_one_request(ends: Ends, ticket: str) -> None:
     rng = random.Random(ticket)
-    await undisturbed(ends, rng)
+    await ends.undisturbed(rng)
     reservation = ends.reserve(TOKENS, rng)
     match ticket:
         case "forged":
@@ -146,16 +106,15 @@ async def test_a_transfer_that_was_listened_to_cannot_be_replayed(ends: Ends) ->
 async def test_an_attempt_that_was_replaced_writes_nothing_more(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rest arrives when the next attempt has begun, and once more when that one was applied."""
     rng = random.Random(7)
-    num_frames = await undisturbed(ends, rng)
+    num_frames = await ends.undisturbed(rng)
     descriptors = chaos.num_descriptors()
     reservation = ends.reserve(TOKENS, rng)
     ends.proxy.strike(faults.at("frame", num_frames // 2, lambda data: Passed(grpc_message(data), Then.FREEZE)))
-    monkeypatch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.3)
-    with pytest.raises(UnavailableError, match="gave no answer"):
-        await ends.send(reservation, ends.compute(TOKENS))
+    with monkeypatch.context() as patch:
+        patch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.3)
+        with pytest.raises(UnavailableError, match="gave no answer"):
+            await ends.send(reservation, ends.compute(TOKENS))
     assert len(ends.attempts) == 1
-    monkeypatch.undo()
-    frames_of(300, monkeypatch)
 
     def thaw_in_the_middle(message: Passing) -> Passed:
         if message.kind == "frame" and message.number == num_frames // 3:
@@ -171,8 +130,8 @@ async def test_an_attempt_that_was_replaced_writes_nothing_more(ends: Ends, monk
     assert ends.arrived(reservation)
 
 
+@pytest.mark.parametrize("frame_bytes", [32 << 10])
 async def test_a_slow_wire_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    frames_of(32 << 10, monkeypatch)
     monkeypatch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.5)
     tokens = range(128)
     async with chaos.ends(WIDE) as ends:

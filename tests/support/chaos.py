@@ -22,6 +22,10 @@ SETTLE_SECONDS = 5.0
 """How soon everything is as before."""
 
 
+TOKENS = range(3, 43)
+"""What a transfer moves, of the fakes' model."""
+
+
 def num_descriptors() -> int:
     """Open file descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))
@@ -73,6 +77,13 @@ class Ends:
         outgoing.first_token(77)
         return outgoing
 
+    def again(self, tokens: range) -> OutgoingTransfer:
+        """The same KV once more."""
+        outgoing = OutgoingTransfer(self.source.geometry, tokens)
+        outgoing.cached(tokens.stop, list(range(-(-tokens.stop // self.source.block_size))))
+        outgoing.first_token(77)
+        return outgoing
+
     async def send(
         self, reservation: Reservation, outgoing: OutgoingTransfer, attempt: int = 1, timeout: float = PATIENCE
     ) -> TransferReport:
@@ -83,6 +94,15 @@ class Ends:
         sender = KvSender(self.source, fingerprint(), types.HostIdentity(boot_id="b"), self.sent)
         async with asyncio.timeout(PATIENCE * 2):
             return await sender.send(self.channel, target, outgoing, timeout)
+
+    async def undisturbed(self, rng: random.Random) -> int:
+        """Make the connection by a transfer without faults, and return of how many frames it was."""
+        reservation = self.reserve(TOKENS, rng)
+        report = await self.send(reservation, self.compute(TOKENS))
+        assert self.arrived(reservation)
+        assert self.applied == [77]
+        self.applied.clear()
+        return report.frames
 
     @asynccontextmanager
     async def reconnected(self) -> AsyncIterator[None]:
@@ -100,7 +120,7 @@ class Ends:
 
 
 @asynccontextmanager
-async def ends(geometry: KvGeometry = GEOMETRY, num_blocks: int = 32) -> AsyncIterator[Ends]:
+async def ends(geometry: KvGeometry = GEOMETRY, num_blocks: int = 96) -> AsyncIterator[Ends]:
     """Both ends, connected through a proxy that leaves everything as it is."""
     async with fault_proxy() as proxy:
         made = Ends(proxy, geometry, num_blocks)

@@ -73,6 +73,8 @@ class FaultProxy:
         """host:port of the decode worker."""
         self.endpoint = ""
         """host:port that stands in for it."""
+        self.connect_delay = 0.0
+        """Seconds that a new connection's first byte takes."""
         self.num_connections = 0
         """Open now."""
         self._numbers: dict[str, int] = defaultdict(int)
@@ -120,19 +122,20 @@ class FaultProxy:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, from its beginning to its end."""
         self.num_connections += 1
-        host, _, port = self.upstream.rpartition(":")
         try:
-            up_reader, up_writer = await asyncio.open_connection(host, int(port))
+            await asyncio.sleep(self.connect_delay)
+            host, _, port = self.upstream.rpartition(":")
+            connection = _Connection(self, (reader, writer), await asyncio.open_connection(host, int(port)))
+            self._connections.add(connection)
+            try:
+                await connection.run()
+            finally:
+                self._connections.discard(connection)
         except OSError:
+            # Nobody listens there, and whoever asked has to see it.
             writer.transport.abort()
-            self.num_connections -= 1
-            return
-        connection = _Connection(self, (reader, writer), (up_reader, up_writer))
-        self._connections.add(connection)
-        try:
-            await connection.run()
         finally:
-            self._connections.discard(connection)
+            writer.close()
             self.num_connections -= 1
 
 
