@@ -29,6 +29,7 @@ class Obstacle(StrEnum):
     OTHER_NETWORK_NAMESPACE = "other network namespace"
     NO_GPU = "the decode worker's KV is not on a GPU"
     NOT_IN_HOST_MEMORY = "the decode worker's KV is not in host memory"
+    SAME_PROCESS = "a process cannot map its own GPU memory once more"
     NO_PEER_ACCESS = "no common GPU, and no peer access between the two"
     NOT_SHAREABLE = "the KV pool cannot be shared here"
     ENCODED = "KV is encoded on its way"

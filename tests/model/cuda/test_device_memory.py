@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 
-from kvbaton.model.cuda.device_memory import Mapping, allocate
+from kvbaton.model import pool_memory
+from kvbaton.model.cuda import device_memory
+from kvbaton.model.cuda.device_memory import Mapping, _tensor, allocate
 from kvbaton.model.cuda.runtime import CudaError
 from support.cudart import Gpus, Process
 
@@ -104,3 +106,23 @@ def test_a_handle_that_means_nothing_is_an_error() -> None:
     process = Process(Gpus())
     with pytest.raises(CudaError, match="cudaIpcOpenMemHandle"):
         Mapping(process.runtime(), DEVICE, bytes(64), 1)
+
+
+def test_a_pool_on_a_gpu_is_one_allocation_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus()
+    monkeypatch.setattr(pool_memory, "cuda_runtime", Process(gpus).runtime)
+    monkeypatch.setattr(device_memory, "_tensor", lambda region, address, device: _tensor(region, address, DEVICE))
+    memory = pool_memory.pool_memory(5000, torch.device("cuda", 0), shared=True)
+    assert memory.obstacle == ""
+    assert memory.descriptor is None
+    assert list(gpus.allocations) == [memory.tensor.data_ptr()]
+
+
+def test_without_a_runtime_the_pool_is_torchs_and_cannot_be_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise CudaError("libcudart is not to be found")
+
+    monkeypatch.setattr(pool_memory, "cuda_runtime", missing)
+    memory = pool_memory.pool_memory(5000, torch.device("meta"), shared=True)
+    assert memory.obstacle == "libcudart is not to be found"
+    assert len(memory.tensor) == 5000
