@@ -1,4 +1,4 @@
-"""KV that a device copies by itself: applied when it is there, and in order with what the engine does before and after."""
+"""KV that a device copies by itself: applied when it is there, and in order with the engine's work on either side."""
 
 import asyncio
 import threading
