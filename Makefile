@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check format protos models cuda train bench-engine bench-chunks clean
+.PHONY: install demo test check format protos models cuda train bench-engine bench-chunks bench-handoff clean
 
 install: $(INSTALLED)
 
@@ -50,6 +50,13 @@ bench-engine: $(INSTALLED)
 # A minute.
 bench-chunks: $(INSTALLED)
 	$(BIN)/python bench/chunk_budget.py
+	$(BIN)/python bench/report.py
+
+# A quarter of an hour on two quiet cores; with NIXL and Mooncake where bench/peers/setup_nixl.sh build/peers/nixl and setup_mooncake.sh
+# build/peers/mooncake were run before. It needs 6 GB of memory.
+bench-handoff: $(INSTALLED)
+	$(BIN)/python bench/handoff.py
+	$(BIN)/python bench/handoff_latency.py
 	$(BIN)/python bench/report.py
 
 train: $(INSTALLED)

@@ -1,6 +1,6 @@
 """Writes docs/benchmarks.md, and a chart beside it, from what the benchmarks left in build/bench.
 
-`make bench-engine` and `make bench-chunks` end with it.
+`make bench-engine`, `make bench-chunks` and `make bench-handoff` end with it.
 """
 
 import json
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import report_handoff
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = ("kvbaton", "vllm", "transformers")
@@ -140,7 +142,12 @@ def chart(result: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def page(engine: dict[str, Any] | None, chunks: dict[str, Any] | None) -> str:
+def page(
+    engine: dict[str, Any] | None,
+    chunks: dict[str, Any] | None,
+    handoff: dict[str, Any] | None = None,
+    latency: dict[str, Any] | None = None,
+) -> str:
     """The whole page, with a section for each result that is there."""
     sections = [TITLE]
     if engine is not None:
@@ -148,6 +155,10 @@ def page(engine: dict[str, Any] | None, chunks: dict[str, Any] | None) -> str:
         sections.append(ENGINE.format(**engine["header"], **rates, table="\n".join(engine_table(engine))))
     if chunks is not None:
         sections.append(CHUNKS.format(**chunks["header"], table="\n".join(chunk_table(chunks))))
+    if handoff is not None:
+        sections.append(report_handoff.section(handoff))
+    if latency is not None:
+        sections.append(report_handoff.latency_section(latency))
     return "\n".join(sections)
 
 
@@ -171,9 +182,11 @@ def _result(name: str) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    """Read the results, write the page and the chart."""
-    engine, chunks = _result("engine"), _result("chunks")
-    (ROOT / "docs" / "benchmarks.md").write_text(page(engine, chunks))
+    """Read the results, write the page and the charts."""
+    engine, chunks, handoff, latency = map(_result, ("engine", "chunks", "handoff", "handoff-latency"))
+    (ROOT / "docs" / "benchmarks.md").write_text(page(engine, chunks, handoff, latency))
+    if handoff is not None:
+        (ROOT / "docs" / "benchmarks-handoff.svg").write_text(report_handoff.chart(handoff))
     if engine is not None:
         (ROOT / "docs" / "benchmarks-engine.svg").write_text(chart(engine))
         sys.stdout.write("\n".join(engine_table(engine)) + "\n")

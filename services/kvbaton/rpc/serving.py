@@ -40,8 +40,9 @@ _KEEPALIVE_OPTIONS: Final = (
 _CHANNEL_OPTIONS: Final = (
     *_KEEPALIVE_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # How long one attempt to connect may take, handshakes included: a peer may be far away, or busy.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     # A connection for each channel, so that bulk KV and token streams never share one.
     ("grpc.use_local_subchannel_pool", 1),
 )
