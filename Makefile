@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check format protos models cuda train bench-engine bench-chunks bench-handoff clean
+.PHONY: install demo test test-leaks check format protos models cuda train bench-engine bench-chunks bench-handoff clean
 
 install: $(INSTALLED)
 
@@ -17,7 +17,11 @@ demo: $(INSTALLED)
 	$(BIN)/kvbaton demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m 'not cuda'
+	$(BIN)/python -m pytest -q -m 'not cuda and not leaks'
+
+# Ten thousand transfers by each transport: a minute or two.
+test-leaks: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m leaks
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from collections.abc import Callable
 
 import pytest
 
@@ -10,20 +9,10 @@ from kvbaton.engine.errors import NotFoundError, TransferRejectedError
 from support import chaos, faults
 from support.chaos import TOKENS, Ends, settled
 from support.fakes import PATIENCE
-from support.fault_proxy import Edit, Passed, Passing
+from support.fault_proxy import Passed, Passing
 from support.http2_frames import grpc_message
 
 SEEDS = range(6)
-
-
-def calling(kind: str, number: int, action: Callable[[], object]) -> Edit:
-    """Do something before a message passes; those behind it do not overtake."""
-
-    def change(data: bytes) -> Passed:
-        action()
-        return Passed(grpc_message(data), delay=0.02)
-
-    return faults.at(kind, number, change)
 
 
 def place(rng: random.Random, num_frames: int) -> tuple[str, int]:
@@ -38,7 +27,7 @@ async def test_the_decode_request_ends_meanwhile(ends: Ends, seed: int) -> None:
     descriptors = chaos.num_descriptors()
     reservation = ends.reserve(TOKENS, rng)
     kind, number = place(rng, num_frames)
-    ends.proxy.strike(calling(kind, number, lambda: ends.book.close(reservation)))
+    ends.proxy.strike(faults.calling(kind, number, lambda: ends.book.close(reservation)))
     ended = NotFoundError if kind == "header" else TransferRejectedError
     with pytest.raises(ended, match="the request has ended|its request has ended"):
         await ends.send(reservation, ends.compute(TOKENS))
@@ -57,7 +46,7 @@ async def test_the_prefill_request_is_cancelled(ends: Ends, seed: int) -> None:
     descriptors = chaos.num_descriptors()
     reservation = ends.reserve(TOKENS, rng)
     reached = asyncio.Event()
-    ends.proxy.strike(calling(*place(rng, num_frames), reached.set))
+    ends.proxy.strike(faults.calling(*place(rng, num_frames), reached.set))
     async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         sending = group.create_task(ends.send(reservation, ends.compute(TOKENS)))
         await reached.wait()
