@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-leaks check format protos models cuda train bench-engine bench-chunks bench-handoff clean
+.PHONY: install demo test test-leaks fuzz check format protos models cuda train bench-engine bench-chunks bench-handoff clean
 
 install: $(INSTALLED)
 
@@ -12,6 +12,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve,dev]'
 	touch $@
+
+# Each target for FUZZ_SECONDS, by coverage; what was found before is in build/fuzz.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := codec receiver
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	for target in $(FUZZ_TARGETS); do PYTHONPATH=tests $(BIN)/python -m fuzz.run $$target $(FUZZ_SECONDS) || exit 1; done
 
 demo: $(INSTALLED)
 	$(BIN)/kvbaton demo
