@@ -64,10 +64,11 @@ bench-chunks: $(INSTALLED)
 	$(BIN)/python bench/chunk_budget.py
 	$(BIN)/python bench/report.py
 
-# Five minutes; with NIXL and Mooncake where bench/peers/setup_nixl.sh build/peers/nixl and setup_mooncake.sh
+# A quarter of an hour on two quiet cores; with NIXL and Mooncake where bench/peers/setup_nixl.sh build/peers/nixl and setup_mooncake.sh
 # build/peers/mooncake were run before. It needs 6 GB of memory.
 bench-handoff: $(INSTALLED)
 	$(BIN)/python bench/handoff.py
+	$(BIN)/python bench/handoff_latency.py
 	$(BIN)/python bench/report.py
 
 train: $(INSTALLED)

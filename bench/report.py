@@ -142,7 +142,12 @@ def chart(result: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def page(engine: dict[str, Any] | None, chunks: dict[str, Any] | None, handoff: dict[str, Any] | None = None) -> str:
+def page(
+    engine: dict[str, Any] | None,
+    chunks: dict[str, Any] | None,
+    handoff: dict[str, Any] | None = None,
+    latency: dict[str, Any] | None = None,
+) -> str:
     """The whole page, with a section for each result that is there."""
     sections = [TITLE]
     if engine is not None:
@@ -152,6 +157,8 @@ def page(engine: dict[str, Any] | None, chunks: dict[str, Any] | None, handoff: 
         sections.append(CHUNKS.format(**chunks["header"], table="\n".join(chunk_table(chunks))))
     if handoff is not None:
         sections.append(report_handoff.section(handoff))
+    if latency is not None:
+        sections.append(report_handoff.latency_section(latency))
     return "\n".join(sections)
 
 
@@ -176,8 +183,8 @@ def _result(name: str) -> dict[str, Any] | None:
 
 def main() -> None:
     """Read the results, write the page and the charts."""
-    engine, chunks, handoff = _result("engine"), _result("chunks"), _result("handoff")
-    (ROOT / "docs" / "benchmarks.md").write_text(page(engine, chunks, handoff))
+    engine, chunks, handoff, latency = map(_result, ("engine", "chunks", "handoff", "handoff-latency"))
+    (ROOT / "docs" / "benchmarks.md").write_text(page(engine, chunks, handoff, latency))
     if handoff is not None:
         (ROOT / "docs" / "benchmarks-handoff.svg").write_text(report_handoff.chart(handoff))
     if engine is not None:

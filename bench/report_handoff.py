@@ -33,10 +33,30 @@ poll while they wait, and so does whoever uses it.
 
 {cpu}
 
-NIXL writes, and a notification behind the data tells the decode side; of two ways the better counts in each case: a
-prepared descriptor for each block, layer, K and V, as vLLM does it, or descriptors made for each transfer of the runs
-of blocks that follow one another. Its progress thread is off: on one core it was slower with it. Mooncake has its
+Of four ways to use NIXL the best counts in each case: the prefill side writes, and a notification behind the data tells
+the decode side; or the decode side reads; either with a prepared descriptor for each block, layer, K and V, as vLLM
+does it, or with descriptors that are made for each transfer, of the runs of blocks that follow one another. Its
+progress thread, which is on by default, is off: with it, on one core a side, NIXL was up to twenty times slower. Mooncake has its
 connection pool on and slices of 1 MiB, and the writer tells the reader through a socket, as SGLang does.
+"""
+
+LATENCY = """\
+## From a prompt's end to its first decode step
+
+`{command}`, {date}, commit {commit}, same machine: a router, a prefill worker on core {first_core} and a decode
+worker on core {last_core}, as `kvbaton up` starts them; random-weight models, prompts of 2,048 random tokens, one
+request at a time. The figures are those of each request's own trace (`docs/observability.md`). *Hand-off*: from the
+prompt's end on the prefill worker (its last layer computed, its first token sampled) to the start of the decode
+worker's first step; *KV in place*: the part of it until the decode worker has verified all KV. *Transfer*: from the
+first frame to *Applied*; *hidden*: the share of it that passed while the prompt was still being computed. *Last
+layer*: its KV over the link, at the rate of 8 MiB in the table above; the rest can have left before. Milliseconds.
+
+{table}
+
+The spans' times are Unix times of one steady clock in each process, which on one host differ by no more than the wall
+clock was stepped between the processes' starts: {clock_step_microseconds:.1f} µs during this run. No request's
+*Applied* reached the prefill worker earlier, by its clock, than {clock_gap} ms after the KV was in place by the decode
+worker's.
 """
 
 OVER_SOCKETS = ("raw TCP", "kvbaton grpc", "NIXL TCP", "Mooncake TCP")
@@ -65,6 +85,43 @@ def section(result: Mapping[str, Any]) -> str:
         memory="\n".join(rate_table(rows, IN_MEMORY, ours="kvbaton shared_memory", beside=["CRC32C"])),
         cpu="\n".join(cpu_table(rows)),
     )
+
+
+def latency_section(result: Mapping[str, Any]) -> str:
+    """What bench/handoff_latency.py measured."""
+    header, rows = result["header"], result["rows"]
+    gaps = [row["value"] for row in rows if row["metric"] == "smallest clock gap"]
+    return LATENCY.format(
+        **header,
+        first_core=header["cores"][0],
+        last_core=header["cores"][-1],
+        table="\n".join(latency_table(rows)),
+        clock_gap=shown(min(gaps, default=None)),
+    )
+
+
+def latency_table(rows: Rows) -> list[str]:
+    """Markdown lines: one row for each model and transport."""
+    columns = {
+        "requests": None,
+        "hand-off p50": "hand-off p50",
+        "p99": "hand-off p99",
+        "KV in place p50": "until the KV is in place p50",
+        "last layer": "allowance",
+        "hidden, %": "hidden share p50",
+        "transfer p50": "transfer p50",
+        "prefill p50": "prefill p50",
+    }
+    lines = ["| | | " + " | ".join(columns) + " |", "|---|---|" + "--:|" * len(columns)]
+    for case, system in dict.fromkeys((row["case"], row["system"]) for row in rows):
+        cells = [
+            case,
+            system,
+            next(str(row["requests"]) for row in rows if (row["case"], row["system"]) == (case, system)),
+        ]
+        cells += [shown(value(rows, case, system, metric)) for metric in columns.values() if metric]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def rate_table(rows: Rows, systems: Sequence[str], ours: str, beside: Sequence[str] = ()) -> list[str]:
@@ -139,8 +196,10 @@ def value(rows: Rows, case: str, system: str, metric: str) -> float | None:
 
 
 def shown(number: float | None) -> str:
-    """With two digits after the point; a dash for what was not measured."""
-    return "–" if number is None else f"{number:.2f}"
+    """With two digits after the point, or none when it is large; a dash for what was not measured."""
+    if number is None:
+        return "–"
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.2f}"
 
 
 def _cases(rows: Iterable[Mapping[str, Any]]) -> list[str]:

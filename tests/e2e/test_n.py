@@ -54,6 +54,20 @@ async def test_n_answers_equal_n_requests(folder: Path, deployment: str) -> None
         await services.assert_idle()
 
 
+async def test_of_a_sliding_window_they_share_what_was_moved(tmp_path: Path) -> None:
+    folder = tiny_models.save_tiny_model("mistral", tmp_path)
+    async with mixed_cluster(folder, prefill={}, decode={}) as services, AsyncClient(services.router) as client:
+        together = await client.generate(PROMPT, n=N, seed=SEED, **OPTIONS).result()
+        prefilled, decoded = await counters(services)
+        assert prefilled.prefill_tokens_computed == len(PROMPT) + (N - 1) * TAIL
+        # Who goes on after the last whole block sees this token's block first.
+        start = (5 * BLOCK - tiny_models.WINDOW + 1) // BLOCK * BLOCK
+        assert decoded.kv_bytes_received == (len(PROMPT) - start + (N - 1) * TAIL) * TOKEN_BYTES
+        await services.assert_idle()
+    async with mixed_cluster(folder, unified={}) as services, AsyncClient(services.router) as client:
+        assert together.sequences == (await client.generate(PROMPT, n=N, seed=SEED, **OPTIONS).result()).sequences
+
+
 async def test_they_are_handed_back_and_resumed_one_by_one(folder: Path) -> None:
     async with mixed_cluster(folder, **DEPLOYMENTS["unified"]) as quiet, AsyncClient(quiet.router) as client:
         expected = await client.generate(PROMPT, n=6, seed=SEED, **{**OPTIONS, "max_tokens": 60}).result()

@@ -7,6 +7,7 @@ import pytest
 
 from kvbaton.cli.deployment import UpConfig, deployed
 from kvbaton.client import AsyncClient
+from kvbaton.engine.windows import window_start
 from kvbaton.v1 import worker_pb2
 from support import tiny_models
 from support.cluster import assert_idle, worker_status
@@ -43,21 +44,20 @@ async def test_greedy_answers_equal_transformers(architecture: str, tmp_path: Pa
         first, second = deployment.prefill[0].address, deployment.decode[0].address
         await assert_idle(first, second)
         sender, receiver = await worker_status(first), await worker_status(second)
+    check_counters(sender, receiver)
+
+
+def check_counters(sender: worker_pb2.WorkerStatus, receiver: worker_pb2.WorkerStatus) -> None:
     # The second time, both workers have the prompts' full blocks, without the last token's, in their prefix caches.
-    lacked = sum(LENGTHS) + sum(length - (length - 1) // BLOCK * BLOCK for length in LENGTHS)
-    check_counters(sender, receiver, lacked, num_requests=2 * len(LENGTHS))
-
-
-def check_counters(
-    sender: worker_pb2.WorkerStatus, receiver: worker_pb2.WorkerStatus, num_tokens: int, num_requests: int
-) -> None:
-    groups = sender.model.kv_geometry.layer_groups
-    token_bytes = 4 * sum(g.num_layers * g.num_kv_heads * (g.k_head_dim + g.v_head_dim) for g in groups)
-    assert token_bytes > 0
-    assert receiver.counters.kv_bytes_received == num_tokens * token_bytes
-    assert sender.counters.kv_bytes_sent == num_tokens * token_bytes
-    assert receiver.counters.transfers_applied == num_requests
-    assert sender.counters.prefill_tokens_computed == num_tokens
+    lacked = [range(length) for length in LENGTHS] + [range((n - 1) // BLOCK * BLOCK, n) for n in LENGTHS]
+    num_bytes = 0
+    for group in sender.model.kv_geometry.layer_groups:
+        token_bytes = 4 * group.num_layers * group.num_kv_heads * (group.k_head_dim + group.v_head_dim)
+        num_tokens = sum(tokens.stop - window_start(group.window or None, tokens, BLOCK) for tokens in lacked)
+        num_bytes += num_tokens * token_bytes
+    assert 0 < num_bytes == receiver.counters.kv_bytes_received == sender.counters.kv_bytes_sent
+    assert receiver.counters.transfers_applied == len(lacked)
+    assert sender.counters.prefill_tokens_computed == sum(map(len, lacked))
     assert receiver.counters.prefill_tokens_computed == 0
     assert sender.counters.decode_tokens_computed == 0
     assert receiver.counters.decode_tokens_computed > 0

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kvbaton.engine.geometry import DTYPE_BYTES, KvGeometry, LayerGeometry
 
-LAYERS = st.builds(LayerGeometry, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+LAYERS = st.builds(LayerGeometry, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([None, 2]))
 GEOMETRIES = st.builds(
     KvGeometry, st.lists(LAYERS, min_size=1, max_size=12).map(tuple), st.sampled_from(sorted(DTYPE_BYTES))
 )
@@ -51,3 +51,9 @@ def test_an_unknown_dtype_is_refused(dtype: str) -> None:
 def test_a_model_without_layers_is_refused(groups: list[tuple[int, LayerGeometry]]) -> None:
     with pytest.raises(ValueError, match="without attention layers"):
         KvGeometry.from_groups(groups, "float32")
+
+
+def test_the_largest_window_speaks_for_all() -> None:
+    whole, narrow, wide = (LayerGeometry(1, 1, 1, window) for window in (None, 4, 9))
+    assert KvGeometry((narrow, whole, wide), "float32").window == 9
+    assert KvGeometry((whole, whole), "float32").window is None

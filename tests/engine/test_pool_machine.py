@@ -20,6 +20,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(num_blocks, 4)
         self.held: dict[int, list[int]] = {}
         self.content: dict[int, bytes] = {}
+        self.cut: dict[int, bool] = {}
         self.serial = 0
 
     def _hold(self, blocks: list[int]) -> int:
@@ -49,20 +50,24 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.retain(blocks)
         return self._hold(blocks)
 
-    @rule(holder=holders, data=st.data(), digest=st.sampled_from([b"a", b"b", b"c", b"d"]))
-    def register(self, holder: int, data: st.DataObject, digest: bytes) -> None:
-        """Somebody's block is full, once: what is cached is never written again."""
+    @rule(holder=holders, data=st.data(), digest=st.sampled_from([b"a", b"b", b"c", b"d"]), cut=st.booleans())
+    def register(self, holder: int, data: st.DataObject, digest: bytes, cut: bool) -> None:
+        """Somebody's block is full, once: what is cached is never written again. A whole one is found from now on."""
         empty = [block for block in self.held[holder] if block not in self.content]
         if empty:
             block = data.draw(st.sampled_from(empty))
             self.content[block] = digest
-            self.pool.register(block, digest)
+            self.cut[block] = cut
+            self.pool.register(block, digest, cut=cut)
+            (found,) = self.pool.match([digest])
+            assert self.pool.is_cut(found) <= cut
 
     @rule(target=holders, digest=st.sampled_from([b"a", b"b", b"c", b"d"]))
     def reuse(self, digest: bytes) -> int:
         """What is found under a digest is what was written under it."""
         blocks = self.pool.match([digest])
         assert all(self.content[block] == digest for block in blocks)
+        assert all(self.cut[block] == self.pool.is_cut(block) for block in blocks)
         self.pool.retain(blocks)
         return self._hold(blocks)
 

@@ -1,6 +1,7 @@
 """In any order of arrivals, steps, transfers, failures, removals, hand-backs and changes of limits no block is lost,
 nobody starves, and every answer is the one that its own tokens give: what the model sees is what is written in blocks,
-so a block that was found, shared, kept or overwritten wrongly would change it.
+so a block that was found, shared, kept or overwritten wrongly would change it. The model has a layer that sees all
+tokens and one that may see a window, of which received KV brings no more than it must.
 """
 
 import itertools
@@ -30,10 +31,10 @@ def kv_of(before: int, token: int) -> int:
     return (before * 31 + token + 1) % 1_000_003
 
 
-def token_after(kv: Sequence[int]) -> int:
-    """The token that the model samples: a function of all KV that it sees, and now and then EOS."""
+def token_after(kv: Sequence[int], windowed: Sequence[int]) -> int:
+    """The token that the model samples: a function of all KV that its layers see, and now and then EOS."""
     state = 0
-    for value in kv:
+    for value in itertools.chain(kv, windowed):
         state = kv_of(state, value)
     return EOS if state % 23 == 0 else 3 + state % 97
 
@@ -42,10 +43,15 @@ def all_kv(tokens: Sequence[int]) -> list[int]:
     return list(itertools.accumulate(tokens, kv_of, initial=0))[1:]
 
 
-def expected(prompt: Sequence[int], sampling: SamplingParams) -> list[int]:
+def next_token(tokens: Sequence[int], window: int | None) -> int:
+    kv = all_kv(tokens)
+    return token_after(kv, kv[-(window or len(kv)) :])
+
+
+def expected(prompt: Sequence[int], sampling: SamplingParams, window: int | None) -> list[int]:
     output: list[int] = []
     while len(output) < sampling.max_tokens and (not output or sampling.ignore_eos or output[-1] != EOS):
-        output.append(token_after(all_kv([*prompt, *output])))
+        output.append(next_token([*prompt, *output], window))
     return output
 
 
@@ -89,12 +95,18 @@ WISHES = st.builds(
 class SchedulerMachine(RuleBasedStateMachine):
     """One worker in the middle of everything; requests of all routes at once."""
 
-    @initialize(num_blocks=st.integers(8, 12), block_size=st.integers(1, 4), waiting=st.integers(2, 6))
-    def make(self, num_blocks: int, block_size: int, waiting: int) -> None:
+    @initialize(
+        num_blocks=st.integers(8, 12),
+        block_size=st.integers(1, 4),
+        waiting=st.integers(2, 6),
+        window=st.none() | st.integers(1, 9),
+    )
+    def make(self, num_blocks: int, block_size: int, waiting: int, window: int | None) -> None:
         """Any pool, with nothing in it."""
         limits = Limits(max_prefill_tokens=20, max_decode_seqs=8, max_waiting=waiting)
-        self.scheduler = Scheduler(BlockPool(num_blocks, block_size), limits, frozenset({EOS}), 1000)
-        self.memory = [[-1] * block_size for _ in range(num_blocks)]
+        self.scheduler = Scheduler(BlockPool(num_blocks, block_size), limits, frozenset({EOS}), 1000, window)
+        # By layer: that of all tokens, and the other one.
+        self.memory = [[[-1] * block_size for _ in range(num_blocks)] for _ in range(2)]
         self.now = 0.0
         self.asked: list[Asked] = []
         self.handed_back: list[Asked] = []
@@ -182,6 +194,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert admitted == [asked.request for asked in waiting[: len(admitted)]]
         for request in admitted:
             assert self._seen(request, request.num_cached) == all_kv(request.token_ids(0, request.num_cached))
+            self._windowed(request, request.num_cached + 1)
             assert request.num_cached < request.num_prefill
         batch = self.scheduler.schedule(self.now)
         self._check_batch(batch)
@@ -203,23 +216,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         for piece in batch.slices:
             self._write(piece.request, piece.start, piece.token_ids())
         return [
-            SampledToken(token_after(self._seen(piece.request, piece.start + piece.num_tokens)))
+            SampledToken(token_after(self._seen(piece.request, stop), self._windowed(piece.request, stop)))
             for piece in batch.slices
             if piece.samples
+            for stop in [piece.start + piece.num_tokens]
         ]
 
-    def _write(self, request: Request, start: int, token_ids: Sequence[int]) -> None:
+    def _write(self, request: Request, start: int, token_ids: Sequence[int], window_start: int = 0) -> None:
         size = self.scheduler.pool.block_size
         for position, token in enumerate(token_ids, start):
             block = request.blocks[position // size]
             holders = [asked for asked in self.asked if block in asked.request.blocks]
             assert len(holders) == 1, "somebody else looks at this block"
             before = self._seen(request, position)[-1] if position else 0
-            self.memory[block][position % size] = kv_of(before, token)
+            kv = kv_of(before, token)
+            self.memory[0][block][position % size] = kv
+            self.memory[1][block][position % size] = kv if position >= window_start else -1
 
-    def _seen(self, request: Request, stop: int) -> list[int]:
-        size = self.scheduler.pool.block_size
-        return [self.memory[request.blocks[position // size]][position % size] for position in range(stop)]
+    def _seen(self, request: Request, stop: int, layer: int = 0) -> list[int]:
+        size, memory = self.scheduler.pool.block_size, self.memory[layer]
+        return [memory[request.blocks[position // size]][position % size] for position in range(stop)]
+
+    def _windowed(self, request: Request, stop: int) -> list[int]:
+        """What the token before `stop`, perhaps not yet computed, sees in the other layer."""
+        low = max(0, stop - (self.scheduler.window or stop))
+        kv = self._seen(request, min(stop, len(request.blocks) * self.scheduler.pool.block_size), layer=1)
+        # Kernels read whole blocks, and what they mask must be there too.
+        whole = low - low % self.scheduler.pool.block_size
+        assert kv[whole : stop - 1] == self._seen(request, stop - 1)[whole:]
+        return kv[low:]
 
     def _record(self, result: StepResult) -> None:
         for event in result.sampled:
@@ -239,8 +264,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _receive(self, asked: Asked) -> None:
         request = asked.request
         tokens = [*asked.prompt, *asked.answer]
-        self._write(request, request.num_cached, tokens[request.num_cached :])
-        self._record(self.scheduler.kv_received(request.request_id, token_after(all_kv(tokens)), self.now))
+        self._write(request, request.num_cached, tokens[request.num_cached :], request.window_start)
+        first = next_token(tokens, self.scheduler.window)
+        self._record(self.scheduler.kv_received(request.request_id, first, self.now))
 
     @precondition(lambda self: self._in(Phase.HANDING_OFF))
     @rule()
@@ -251,7 +277,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _hand_off(self, asked: Asked) -> None:
         if not asked.failed:
-            assert self._seen(asked.request, asked.request.num_prefill) == all_kv(asked.prompt)
+            for layer in range(2):
+                assert self._seen(asked.request, asked.request.num_prefill, layer) == all_kv(asked.prompt)
         assert self.scheduler.remove(asked.request.request_id, self.now) is asked.request
 
     @rule(data=st.data())
@@ -277,7 +304,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def answers_are_what_the_tokens_give(self) -> None:
         """What a client has is the beginning of the right answer, and all of it when it has ended."""
         for asked in getattr(self, "asked", []):
-            right = expected(asked.prompt, asked.sampling)
+            right = expected(asked.prompt, asked.sampling, self.scheduler.window)
             assert asked.answer == right[: len(asked.answer)]
             reason = asked.request.finish_reason
             if reason is not None:

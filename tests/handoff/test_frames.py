@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
 from kvbaton.handoff.frames import Coverage, FramePlanner, Rectangle
 
-layers = st.builds(LayerGeometry, st.integers(1, 3), st.integers(1, 8), st.integers(1, 8))
+layers = st.builds(
+    LayerGeometry, st.integers(1, 3), st.integers(1, 8), st.integers(1, 8), st.none() | st.integers(1, 9)
+)
 geometries = st.builds(
     KvGeometry,
     # Runs of equal layers as well as changes between them.
@@ -22,6 +24,7 @@ geometries = st.builds(
     st.sampled_from(["float32", "bfloat16"]),
 )
 ONE = LayerGeometry(1, 1, 1)  # 8 bytes a token
+WINDOWED = LayerGeometry(1, 1, 1, window=3)
 
 
 def drain(planner: FramePlanner) -> Iterator[Rectangle]:
@@ -42,8 +45,9 @@ def test_frames_cover_everything_once_whenever_they_are_asked_for(
     geometry: KvGeometry, prefill: tuple[int, int, list[int]], frame_bytes: int, data: st.DataObject
 ) -> None:
     start, stop, ends = prefill
+    window_start = data.draw(st.integers(start, stop))
     planner = FramePlanner(geometry, start, stop, frame_bytes)
-    coverage = Coverage(geometry, start, stop)
+    coverage = Coverage(geometry, range(start, stop), window_start)
     seen: set[tuple[int, int]] = set()
 
     def take() -> None:
@@ -59,17 +63,24 @@ def test_frames_cover_everything_once_whenever_they_are_asked_for(
             assert size <= frame_bytes or (len(rectangle.layers), len(rectangle.tokens)) == (1, 1)
 
     ready = [0] * geometry.num_layers
-    for end in ends:
+    # The receiver may answer before anything is computed, or when all is.
+    begun = data.draw(st.integers(0, len(ends)))
+    for number, end in enumerate(ends):
+        if number == begun:
+            planner.begin(window_start)
         for layer in range(geometry.num_layers):
             planner.advance(layer, end)
             ready[layer] = end
-            if data.draw(st.booleans()):
+            if number >= begun and data.draw(st.booleans()):
                 take()
+    if begun == len(ends):
+        planner.begin(window_start)
     take()
     assert planner.all_ready
     assert planner.all_sent
     assert coverage.complete
-    assert seen == {(layer, token) for layer in range(geometry.num_layers) for token in range(start, stop)}
+    first = [start if layer.window is None else window_start for layer in geometry.layers]
+    assert seen == {(layer, token) for layer in range(geometry.num_layers) for token in range(first[layer], stop)}
 
 
 def test_a_small_prompt_goes_in_one_frame_however_it_was_computed() -> None:
@@ -103,6 +114,37 @@ def test_reports_that_repeat_go_back_or_run_ahead_change_nothing() -> None:
     assert list(drain(planner)) == [Rectangle(range(1), range(2, 5))]
 
 
+def test_layers_share_frames_from_where_they_begin_alike() -> None:
+    planner = FramePlanner(KvGeometry((ONE, WINDOWED, WINDOWED, ONE), "float32"), 2, 10)
+    planner.begin(6)
+    for layer in range(4):
+        planner.advance(layer, 10)
+    assert list(drain(planner)) == [
+        Rectangle(range(1), range(2, 10)),
+        Rectangle(range(1, 3), range(6, 10)),
+        Rectangle(range(3, 4), range(2, 10)),
+    ]
+
+
+@pytest.mark.parametrize("window_start", [0, 1, 11])
+def test_a_window_that_begins_outside_the_transfer_is_refused(window_start: int) -> None:
+    planner = FramePlanner(KvGeometry((WINDOWED,), "float32"), 2, 10)
+    with pytest.raises(ValueError, match=rf"window start {window_start} of tokens \[2, 10\)"):
+        planner.begin(window_start)
+
+
+def test_what_a_window_leaves_out_must_not_come() -> None:
+    coverage = Coverage(KvGeometry((ONE, WINDOWED), "float32"), range(2, 10), 6)
+    assert coverage.problem(Rectangle(range(1, 2), range(2, 10))) == (
+        "layer 1 continues at token 6, the frame begins at 2"
+    )
+    assert coverage.problem(Rectangle(range(2), range(2, 10))) is not None
+    coverage.add(Rectangle(range(1), range(2, 10)))
+    assert not coverage.complete
+    coverage.add(Rectangle(range(1, 2), range(6, 10)))
+    assert coverage.complete
+
+
 @pytest.mark.parametrize(
     ("rectangle", "problem"),
     [
@@ -119,7 +161,7 @@ def test_reports_that_repeat_go_back_or_run_ahead_change_nothing() -> None:
     ],
 )
 def test_coverage_refuses_gaps_repeats_and_what_lies_outside(rectangle: Rectangle, problem: str) -> None:
-    coverage = Coverage(KvGeometry((ONE,) * 3, "float32"), 2, 10)
+    coverage = Coverage(KvGeometry((ONE,) * 3, "float32"), range(2, 10), 2)
     first = Rectangle(range(2), range(2, 4))
     assert coverage.problem(first) is None
     coverage.add(first)
@@ -130,7 +172,7 @@ def test_coverage_refuses_gaps_repeats_and_what_lies_outside(rectangle: Rectangl
 
 
 def test_coverage_is_complete_when_the_last_layer_is() -> None:
-    coverage = Coverage(KvGeometry((ONE,) * 2, "float32"), 0, 4)
+    coverage = Coverage(KvGeometry((ONE,) * 2, "float32"), range(4), 0)
     for rectangle in (
         Rectangle(range(2), range(2)),
         Rectangle(range(1), range(2, 4)),

@@ -39,7 +39,7 @@ class Receiver:
 
     def begun(self, attempt: int = 1) -> IncomingTransfer:
         transfer = self.attempt()
-        assert transfer.begin(header(self.reservation.ticket, TOKENS, attempt=attempt)) == "grpc"
+        assert transfer.begin(header(self.reservation.ticket, TOKENS, attempt=attempt)).transport == "grpc"
         return transfer
 
     def frames(self, attempt: int = 1) -> list[Frame]:
@@ -80,7 +80,7 @@ def test_a_whole_transfer_is_written_counted_and_applied_once(receiver: Receiver
         assert receiver.applied == []
         transfer.write(frame)
     size = GEOMETRY.token_bytes * len(TOKENS)
-    assert transfer.commit(commit(frames)) == pb.KvApplied(num_frames=3, payload_bytes=size)
+    assert transfer.commit(commit(frames)).applied == pb.KvApplied(num_frames=3, payload_bytes=size)
     assert receiver.applied == [FIRST_TOKEN]
     assert receiver.arrived
     assert receiver.counters == ReceiverCounters(kv_bytes_received=size, transfers_applied=1)

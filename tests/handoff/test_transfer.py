@@ -77,10 +77,10 @@ async def listening(pair: Pair, behaviour: Callable[..., Any] | None = None) -> 
     """Serve `pair`'s receiver, or `behaviour(messages, context)` in its place."""
 
     class Transfer(IncomingTransfer):
-        def begin(self, header: pb.KvHeader) -> str:
-            transport = super().begin(header)
+        def begin(self, header: pb.KvHeader) -> pb.KvReady:
+            ready = super().begin(header)
             pair.begun.set()
-            return transport
+            return ready
 
     def new_transfer() -> IncomingTransfer:
         return Transfer(pair.book, pair.sink, fingerprint(), pair.received)

@@ -13,6 +13,7 @@ from kvbaton.engine.tokens import pack_token_ids
 from kvbaton.v1 import kv_transfer_pb2
 from kvbaton.v1 import prefill_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
+from kvbaton.v1.prefill_pb2_grpc import PrefillServiceStub
 from kvbaton.worker.engine_thread import RequestHandle
 from support.fakes import GEOMETRY, PATIENCE, Gate
 from support.prefill_worker import BLOCKS, refusal, working
@@ -236,3 +237,18 @@ async def test_a_failing_model_ends_the_rpc_and_the_transfer() -> None:
         assert "secret" not in (error.details() or "")
         assert worker.applied == []
         await worker.assert_free()
+
+
+async def test_a_peer_is_connected_before_a_request_needs_it() -> None:
+    async with working() as worker:
+        stub = PrefillServiceStub(worker.channel)
+        answer = await stub.ConnectPeer(pb.ConnectPeerRequest(endpoint=worker.kv_address), timeout=PATIENCE)
+        assert (answer.link.endpoint, answer.link.transport) == (worker.kv_address, "grpc")
+
+
+async def test_a_peer_without_an_address_is_refused() -> None:
+    async with working() as worker:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await PrefillServiceStub(worker.channel).ConnectPeer(pb.ConnectPeerRequest(endpoint="x"), timeout=PATIENCE)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (caught.value.details() or "").startswith("endpoint: ")

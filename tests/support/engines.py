@@ -23,10 +23,15 @@ class TinyEngine:
         self, folder: Path, *, block_size: int, chunk: int, decodes: int = 4, num_blocks: int = 64, device: str = "cpu"
     ) -> None:
         loaded = load_model(str(folder), "float32", device)
+        self.config, self.attention = loaded.model.config, loaded.attention
         self.store = TorchKvStore(loaded.geometry, num_blocks, block_size, loaded.device)
         limits = Limits(max_prefill_tokens=chunk, max_decode_seqs=decodes, max_waiting=100)
         self.scheduler = Scheduler(
-            BlockPool(num_blocks, block_size), limits, loaded.eos_token_ids, loaded.max_model_len
+            BlockPool(num_blocks, block_size),
+            limits,
+            loaded.eos_token_ids,
+            loaded.max_model_len,
+            loaded.geometry.window,
         )
         self.engine = Engine(self.scheduler, ModelRunner(loaded, self.store))
         self._clock = itertools.count()
@@ -36,6 +41,11 @@ class TinyEngine:
         """A greedy request that goes on to `max_tokens`."""
         sampling = SamplingParams(max_tokens=max_tokens, seed=0, ignore_eos=True)
         return self.scheduler.add(new_request(str(next(self._names)), prompt, sampling, route, **more), 0.0)
+
+    def spoil(self) -> None:
+        """Fill the pool with NaN: who looks at what was never written shows it."""
+        for tensor in (*self.store.keys, *self.store.values):
+            tensor.fill_(float("nan"))
 
     def remove(self, request: Request) -> None:
         """End a request where it stands."""

@@ -17,7 +17,7 @@ from kvbaton.handoff import wire
 from kvbaton.handoff.codec import crc32c
 from kvbaton.handoff.landing import fill
 from kvbaton.rpc.serving import Registration, serving
-from kvbaton.v1 import kv_transfer_pb2, types_pb2
+from kvbaton.v1 import kv_transfer_pb2, prefill_pb2, types_pb2, worker_pb2
 from kvbaton.v1.decode_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
 from kvbaton.v1.inference_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
 from kvbaton.v1.prefill_pb2_grpc import PrefillServiceServicer, add_PrefillServiceServicer_to_server
@@ -236,9 +236,24 @@ class Scripted:
             raise
 
 
+async def _linked(request: Any) -> Any:
+    link = worker_pb2.PeerLink(endpoint=request.endpoint, transport="grpc", reason="there is no other")
+    return prefill_pb2.ConnectPeerResponse(link=link)
+
+
 class FakePrefill(Scripted, PrefillServiceServicer):
+    def __init__(self, script: Script) -> None:
+        super().__init__(script)
+        self.connected: list[Any] = []
+        self.connect: Callable[[Any], Awaitable[Any]] = _linked
+        """What it answers to ConnectPeer."""
+
     async def Prefill(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self.follow(request, context)
+
+    async def ConnectPeer(self, request: Any, context: Any) -> Any:
+        self.connected.append(request)
+        return await self.connect(request)
 
     def registration(self) -> Registration:
         return Registration("kvbaton.v1.PrefillService", lambda s: add_PrefillServiceServicer_to_server(self, s))

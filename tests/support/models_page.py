@@ -41,6 +41,9 @@ Position embeddings of the kinds `dynamic` and `longrope` change their frequenci
 model was first trained for, and then for all sequences of a batch. Up to that length they are constant; the context
 ends there, and the log says so.
 
+Of layers with a sliding window a prefill worker sends what a decode worker will look at: the last tokens of the
+prompt. Memory is held for all of them, in all layers (`docs/adr/0015-layers-with-windows-send-their-end.md`).
+
 ## Refused
 
 {refused}

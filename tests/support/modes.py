@@ -1,9 +1,11 @@
 """The ways in which a request can be served, each as a function from a tiny model to its greedy answers to PROMPTS."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kvbaton.engine.request import Phase, Request, Route
+from kvbaton.handoff.frames import FramePlanner
 from kvbaton.handoff.landing import fill
 from support import tiny_models
 from support.engines import TinyEngine
@@ -11,6 +13,9 @@ from support.engines import TinyEngine
 BLOCK = 8
 MAX_TOKENS = 12
 PROMPTS = tiny_models.random_prompts([1, BLOCK - 1, BLOCK, BLOCK + 1, 40, 61])
+
+ODD_FRAME_BYTES = 1700
+"""Frames end where neither side's blocks do."""
 
 Outputs = list[list[int]]
 
@@ -76,36 +81,47 @@ def preempted(folder: Path) -> Outputs:
 
 
 def handed_over(folder: Path) -> Outputs:
-    """KV moved in pieces of odd sizes between pools of different block sizes; the receiver computes no prompt."""
+    """The KV that will be seen moved in odd pieces to a pool of other blocks; the receiver computes no prompt."""
     sender = TinyEngine(folder, block_size=BLOCK, chunk=16)
     receiver = TinyEngine(folder, block_size=5, chunk=16)
-    requests = []
-    for prompt in PROMPTS:
-        sent = sender.add(prompt, MAX_TOKENS, Route.HAND_OFF)
-        received = receiver.add(prompt, MAX_TOKENS, Route.RECEIVE)
-        receiver.step()
-        while sent.phase is not Phase.HANDING_OFF:
-            sender.step()
-        _move(sender, sent, receiver, received)
-        sender.remove(sent)
-        receiver.scheduler.kv_received(received.request_id, sent.output[0], 0.0)
-        requests.append(received)
-    outputs = receiver.finish(requests)
+    receiver.spoil()
+    outputs = receiver.finish([hand_over(sender, receiver, prompt) for prompt in PROMPTS])
     assert receiver.engine.counters.prefill_tokens_computed == 0
     return outputs
 
 
-def _move(sender: TinyEngine, sent: Request, receiver: TinyEngine, received: Request) -> None:
-    num_layers, num_tokens = sender.store.geometry.num_layers, len(sent.prompt)
-    # Cut where neither side's blocks end.
-    for layers in (range(1), range(1, num_layers)):
-        for start in range(0, num_tokens, 11):
-            tokens = range(start, min(start + 11, num_tokens))
-            payload = b"".join(sender.store.read(layers, sent.blocks, tokens))
-            fill(receiver.store.landing(layers, received.blocks, tokens), payload)
+def handed_over_again(folder: Path) -> Outputs:
+    """The same prompts as before, at a receiver that has their KV as it came the first time: little is moved."""
+    sender = TinyEngine(folder, block_size=BLOCK, chunk=16)
+    receiver = TinyEngine(folder, block_size=5, chunk=16)
+    receiver.spoil()
+    receiver.finish([hand_over(sender, receiver, prompt) for prompt in PROMPTS])
+    requests = [hand_over(sender, receiver, prompt) for prompt in PROMPTS]
+    assert [request.num_cached for request in requests] == [(len(prompt) - 1) // 5 * 5 for prompt in PROMPTS]
+    return receiver.finish(requests)
+
+
+def hand_over(sender: TinyEngine, receiver: TinyEngine, prompt: Sequence[int], **more: Any) -> Request:
+    """A request on `receiver` whose KV `sender` has computed, ready to decode."""
+    sent = sender.add(prompt, MAX_TOKENS, Route.HAND_OFF, **more)
+    received = receiver.add(prompt, MAX_TOKENS, Route.RECEIVE, **more)
+    while not received.blocks:
+        receiver.step()
+    while sent.phase is not Phase.HANDING_OFF:
+        sender.step()
+    planner = FramePlanner(sender.store.geometry, received.num_cached, received.num_prefill, ODD_FRAME_BYTES)
+    planner.begin(received.window_start)
+    for layer in range(sender.store.geometry.num_layers):
+        planner.advance(layer, sent.num_prefill)
+    while (rectangle := planner.next()) is not None:
+        payload = b"".join(sender.store.read(rectangle.layers, sent.blocks, rectangle.tokens))
+        fill(receiver.store.landing(rectangle.layers, received.blocks, rectangle.tokens), payload)
+    sender.remove(sent)
+    receiver.scheduler.kv_received(received.request_id, sent.output[-1], 0.0)
+    return received
 
 
 MODES: dict[str, Callable[[Path], Outputs]] = {
-    mode.__name__: mode for mode in (whole, chunked, cached, resumed, preempted, handed_over)
+    mode.__name__: mode for mode in (whole, chunked, cached, resumed, preempted, handed_over, handed_over_again)
 }
 """By name; what a mode does stands in its docstring, and from there in docs/models.md."""

@@ -36,7 +36,11 @@ class Worker:
 async def working(role: pb.WorkerRole = pb.WORKER_ROLE_UNIFIED, limits: Limits = LIMITS) -> AsyncIterator[Worker]:
     runtime = make_runtime(FakeStore(), FakeRunner(), limits)
     worker = Worker(runtime, None)
-    servicer = WorkerServicer(role, runtime, SenderCounters(kv_bytes_sent=5), worker.counters, worker.stop)
+
+    def describe(status: pb.WorkerStatus) -> None:
+        status.kv_port = 7201
+
+    servicer = WorkerServicer(role, runtime, SenderCounters(kv_bytes_sent=5), worker.counters, worker.stop, [describe])
     async with asyncio.timeout(PATIENCE):
         with runtime.engine:
             async with (
@@ -63,6 +67,7 @@ async def test_a_status_tells_who_the_worker_is_and_what_it_holds() -> None:
             queues=pb.QueueStatus(num_receiving=1),
             counters=pb.WorkerCounters(kv_bytes_sent=5, kv_bytes_received=7, prefix_tokens_queried=6),
             limits=pb.EngineLimits(max_prefill_tokens=8, max_decode_seqs=4),
+            kv_port=7201,
         )
 
 

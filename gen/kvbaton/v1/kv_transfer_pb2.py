@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvbaton.v1 import types_pb2 as kvbaton_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvbaton/v1/kv_transfer.proto\x12\nkvbaton.v1\x1a\x16kvbaton/v1/types.proto\"\xbc\x01\n\x0fTransferRequest\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x14.kvbaton.v1.KvHeaderH\x00\x12$\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x13.kvbaton.v1.KvFrameH\x00\x12&\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x14.kvbaton.v1.KvCommitH\x00\x12(\n\x07\x63onfirm\x18\x04 \x01(\x0b\x32\x15.kvbaton.v1.KvConfirmH\x00\x42\t\n\x07message\"\x90\x02\n\x08KvHeader\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x31\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x1c.kvbaton.v1.ModelFingerprint\x12(\n\x08geometry\x18\x04 \x01(\x0b\x32\x16.kvbaton.v1.KvGeometry\x12\x13\n\x0btoken_start\x18\x05 \x01(\r\x12\x12\n\ntoken_stop\x18\x06 \x01(\r\x12\x12\n\ntransports\x18\x07 \x03(\t\x12&\n\x04host\x18\x08 \x01(\x0b\x32\x18.kvbaton.v1.HostIdentity\x12\x0f\n\x07link_id\x18\t \x01(\x0c\x12\x10\n\x08\x65ncoding\x18\n \x01(\t\"k\n\x07KvFrame\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.kvbaton.v1.FrameInfo\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12*\n\treference\x18\x03 \x01(\x0b\x32\x17.kvbaton.v1.KvReference\"\x1d\n\x0bKvReference\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x0c\"\x8e\x01\n\tFrameInfo\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0blayer_start\x18\x03 \x01(\r\x12\x12\n\nlayer_stop\x18\x04 \x01(\r\x12\x13\n\x0btoken_start\x18\x05 \x01(\r\x12\x12\n\ntoken_stop\x18\x06 \x01(\r\x12\x0e\n\x06\x63rc32c\x18\x07 \x01(\x07\"]\n\x08KvCommit\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x12\n\nnum_frames\x18\x02 \x01(\r\x12\x15\n\rpayload_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"\x0b\n\tKvConfirm\"\xc1\x01\n\x10TransferResponse\x12$\n\x05ready\x18\x01 \x01(\x0b\x32\x13.kvbaton.v1.KvReadyH\x00\x12(\n\x07\x61pplied\x18\x02 \x01(\x0b\x32\x15.kvbaton.v1.KvAppliedH\x00\x12*\n\x08rejected\x18\x03 \x01(\x0b\x32\x16.kvbaton.v1.KvRejectedH\x00\x12&\n\x06\x63opied\x18\x04 \x01(\x0b\x32\x14.kvbaton.v1.KvCopiedH\x00\x42\t\n\x07message\"\x1e\n\x08KvCopied\x12\x12\n\nnum_frames\x18\x01 \x01(\r\"\x1c\n\x07KvReady\x12\x11\n\ttransport\x18\x01 \x01(\t\"6\n\tKvApplied\x12\x12\n\nnum_frames\x18\x01 \x01(\r\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\"\x1c\n\nKvRejected\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x92\x01\n\x0bLinkRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.kvbaton.v1.LinkHelloH\x00\x12&\n\x05probe\x18\x02 \x01(\x0b\x32\x15.kvbaton.v1.LinkProbeH\x00\x12(\n\x06\x63hosen\x18\x03 \x01(\x0b\x32\x16.kvbaton.v1.LinkChosenH\x00\x42\t\n\x07message\"o\n\x0cLinkResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.kvbaton.v1.LinkWelcomeH\x00\x12(\n\x06probed\x18\x02 \x01(\x0b\x32\x16.kvbaton.v1.LinkProbedH\x00\x42\t\n\x07message\"\xaf\x01\n\tLinkHello\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12&\n\x04host\x18\x02 \x01(\x0b\x32\x18.kvbaton.v1.HostIdentity\x12\x12\n\ntransports\x18\x03 \x03(\t\x12&\n\x06layout\x18\x04 \x01(\x0b\x32\x16.kvbaton.v1.PoolLayout\x12\x17\n\x0f\x63uda_ipc_handle\x18\x05 \x01(\x0c\x12\x10\n\x08gpu_uuid\x18\x06 \x01(\t\"\x98\x01\n\nPoolLayout\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x11\n\tk_offsets\x18\x04 \x03(\x04\x12\x11\n\tv_offsets\x18\x05 \x03(\x04\x12\x14\n\x0cprobe_offset\x18\x06 \x01(\x04\x12\x13\n\x0bprobe_bytes\x18\x07 \x01(\x04\"\x89\x01\n\x0bLinkWelcome\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12&\n\x04host\x18\x03 \x01(\x0b\x32\x18.kvbaton.v1.HostIdentity\x12\x11\n\tobstacles\x18\x04 \x03(\t\x12\x19\n\x11\x64\x65scriptor_socket\x18\x05 \x01(\t\"R\n\tLinkProbe\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\x07\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\".\n\nLinkProbed\x12\x0f\n\x07problem\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"I\n\nLinkChosen\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\x32\x9d\x01\n\x11KvTransferService\x12=\n\x04Link\x12\x17.kvbaton.v1.LinkRequest\x1a\x18.kvbaton.v1.LinkResponse(\x01\x30\x01\x12I\n\x08Transfer\x12\x1b.kvbaton.v1.TransferRequest\x1a\x1c.kvbaton.v1.TransferResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvbaton/v1/kv_transfer.proto\x12\nkvbaton.v1\x1a\x16kvbaton/v1/types.proto\"\xbc\x01\n\x0fTransferRequest\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x14.kvbaton.v1.KvHeaderH\x00\x12$\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x13.kvbaton.v1.KvFrameH\x00\x12&\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x14.kvbaton.v1.KvCommitH\x00\x12(\n\x07\x63onfirm\x18\x04 \x01(\x0b\x32\x15.kvbaton.v1.KvConfirmH\x00\x42\t\n\x07message\"\x90\x02\n\x08KvHeader\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x31\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x1c.kvbaton.v1.ModelFingerprint\x12(\n\x08geometry\x18\x04 \x01(\x0b\x32\x16.kvbaton.v1.KvGeometry\x12\x13\n\x0btoken_start\x18\x05 \x01(\r\x12\x12\n\ntoken_stop\x18\x06 \x01(\r\x12\x12\n\ntransports\x18\x07 \x03(\t\x12&\n\x04host\x18\x08 \x01(\x0b\x32\x18.kvbaton.v1.HostIdentity\x12\x0f\n\x07link_id\x18\t \x01(\x0c\x12\x10\n\x08\x65ncoding\x18\n \x01(\t\"k\n\x07KvFrame\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.kvbaton.v1.FrameInfo\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12*\n\treference\x18\x03 \x01(\x0b\x32\x17.kvbaton.v1.KvReference\"\x1d\n\x0bKvReference\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x0c\"\x8e\x01\n\tFrameInfo\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0blayer_start\x18\x03 \x01(\r\x12\x12\n\nlayer_stop\x18\x04 \x01(\r\x12\x13\n\x0btoken_start\x18\x05 \x01(\r\x12\x12\n\ntoken_stop\x18\x06 \x01(\r\x12\x0e\n\x06\x63rc32c\x18\x07 \x01(\x07\"]\n\x08KvCommit\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x12\n\nnum_frames\x18\x02 \x01(\r\x12\x15\n\rpayload_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"\x0b\n\tKvConfirm\"\xc1\x01\n\x10TransferResponse\x12$\n\x05ready\x18\x01 \x01(\x0b\x32\x13.kvbaton.v1.KvReadyH\x00\x12(\n\x07\x61pplied\x18\x02 \x01(\x0b\x32\x15.kvbaton.v1.KvAppliedH\x00\x12*\n\x08rejected\x18\x03 \x01(\x0b\x32\x16.kvbaton.v1.KvRejectedH\x00\x12&\n\x06\x63opied\x18\x04 \x01(\x0b\x32\x14.kvbaton.v1.KvCopiedH\x00\x42\t\n\x07message\"\x1e\n\x08KvCopied\x12\x12\n\nnum_frames\x18\x01 \x01(\r\"2\n\x07KvReady\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x14\n\x0cwindow_start\x18\x02 \x01(\r\"6\n\tKvApplied\x12\x12\n\nnum_frames\x18\x01 \x01(\r\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\"0\n\nKvRejected\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x12\n\nlink_ended\x18\x02 \x01(\x08\"\x92\x01\n\x0bLinkRequest\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.kvbaton.v1.LinkHelloH\x00\x12&\n\x05probe\x18\x02 \x01(\x0b\x32\x15.kvbaton.v1.LinkProbeH\x00\x12(\n\x06\x63hosen\x18\x03 \x01(\x0b\x32\x16.kvbaton.v1.LinkChosenH\x00\x42\t\n\x07message\"o\n\x0cLinkResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.kvbaton.v1.LinkWelcomeH\x00\x12(\n\x06probed\x18\x02 \x01(\x0b\x32\x16.kvbaton.v1.LinkProbedH\x00\x42\t\n\x07message\"\xaf\x01\n\tLinkHello\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12&\n\x04host\x18\x02 \x01(\x0b\x32\x18.kvbaton.v1.HostIdentity\x12\x12\n\ntransports\x18\x03 \x03(\t\x12&\n\x06layout\x18\x04 \x01(\x0b\x32\x16.kvbaton.v1.PoolLayout\x12\x17\n\x0f\x63uda_ipc_handle\x18\x05 \x01(\x0c\x12\x10\n\x08gpu_uuid\x18\x06 \x01(\t\"\x98\x01\n\nPoolLayout\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x11\n\tk_offsets\x18\x04 \x03(\x04\x12\x11\n\tv_offsets\x18\x05 \x03(\x04\x12\x14\n\x0cprobe_offset\x18\x06 \x01(\x04\x12\x13\n\x0bprobe_bytes\x18\x07 \x01(\x04\"\x89\x01\n\x0bLinkWelcome\x12\x0f\n\x07link_id\x18\x01 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12&\n\x04host\x18\x03 \x01(\x0b\x32\x18.kvbaton.v1.HostIdentity\x12\x11\n\tobstacles\x18\x04 \x03(\t\x12\x19\n\x11\x64\x65scriptor_socket\x18\x05 \x01(\t\"R\n\tLinkProbe\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0e\n\x06\x63rc32c\x18\x02 \x01(\x07\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\".\n\nLinkProbed\x12\x0f\n\x07problem\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"I\n\nLinkChosen\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x18\n\x10\x62ytes_per_second\x18\x03 \x01(\x01\x32\x9d\x01\n\x11KvTransferService\x12=\n\x04Link\x12\x17.kvbaton.v1.LinkRequest\x1a\x18.kvbaton.v1.LinkResponse(\x01\x30\x01\x12I\n\x08Transfer\x12\x1b.kvbaton.v1.TransferRequest\x1a\x1c.kvbaton.v1.TransferResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,27 +51,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVCOPIED']._serialized_start=1123
   _globals['_KVCOPIED']._serialized_end=1153
   _globals['_KVREADY']._serialized_start=1155
-  _globals['_KVREADY']._serialized_end=1183
-  _globals['_KVAPPLIED']._serialized_start=1185
-  _globals['_KVAPPLIED']._serialized_end=1239
-  _globals['_KVREJECTED']._serialized_start=1241
-  _globals['_KVREJECTED']._serialized_end=1269
-  _globals['_LINKREQUEST']._serialized_start=1272
-  _globals['_LINKREQUEST']._serialized_end=1418
-  _globals['_LINKRESPONSE']._serialized_start=1420
-  _globals['_LINKRESPONSE']._serialized_end=1531
-  _globals['_LINKHELLO']._serialized_start=1534
-  _globals['_LINKHELLO']._serialized_end=1709
-  _globals['_POOLLAYOUT']._serialized_start=1712
-  _globals['_POOLLAYOUT']._serialized_end=1864
-  _globals['_LINKWELCOME']._serialized_start=1867
-  _globals['_LINKWELCOME']._serialized_end=2004
-  _globals['_LINKPROBE']._serialized_start=2006
-  _globals['_LINKPROBE']._serialized_end=2088
-  _globals['_LINKPROBED']._serialized_start=2090
-  _globals['_LINKPROBED']._serialized_end=2136
-  _globals['_LINKCHOSEN']._serialized_start=2138
-  _globals['_LINKCHOSEN']._serialized_end=2211
-  _globals['_KVTRANSFERSERVICE']._serialized_start=2214
-  _globals['_KVTRANSFERSERVICE']._serialized_end=2371
+  _globals['_KVREADY']._serialized_end=1205
+  _globals['_KVAPPLIED']._serialized_start=1207
+  _globals['_KVAPPLIED']._serialized_end=1261
+  _globals['_KVREJECTED']._serialized_start=1263
+  _globals['_KVREJECTED']._serialized_end=1311
+  _globals['_LINKREQUEST']._serialized_start=1314
+  _globals['_LINKREQUEST']._serialized_end=1460
+  _globals['_LINKRESPONSE']._serialized_start=1462
+  _globals['_LINKRESPONSE']._serialized_end=1573
+  _globals['_LINKHELLO']._serialized_start=1576
+  _globals['_LINKHELLO']._serialized_end=1751
+  _globals['_POOLLAYOUT']._serialized_start=1754
+  _globals['_POOLLAYOUT']._serialized_end=1906
+  _globals['_LINKWELCOME']._serialized_start=1909
+  _globals['_LINKWELCOME']._serialized_end=2046
+  _globals['_LINKPROBE']._serialized_start=2048
+  _globals['_LINKPROBE']._serialized_end=2130
+  _globals['_LINKPROBED']._serialized_start=2132
+  _globals['_LINKPROBED']._serialized_end=2178
+  _globals['_LINKCHOSEN']._serialized_start=2180
+  _globals['_LINKCHOSEN']._serialized_end=2253
+  _globals['_KVTRANSFERSERVICE']._serialized_start=2256
+  _globals['_KVTRANSFERSERVICE']._serialized_end=2413
 # @@protoc_insertion_point(module_scope)

@@ -112,10 +112,12 @@ class KvCopied(_message.Message):
     def __init__(self, num_frames: _Optional[int] = ...) -> None: ...
 
 class KvReady(_message.Message):
-    __slots__ = ("transport",)
+    __slots__ = ("transport", "window_start")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_START_FIELD_NUMBER: _ClassVar[int]
     transport: str
-    def __init__(self, transport: _Optional[str] = ...) -> None: ...
+    window_start: int
+    def __init__(self, transport: _Optional[str] = ..., window_start: _Optional[int] = ...) -> None: ...
 
 class KvApplied(_message.Message):
     __slots__ = ("num_frames", "payload_bytes")
@@ -126,10 +128,12 @@ class KvApplied(_message.Message):
     def __init__(self, num_frames: _Optional[int] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
 
 class KvRejected(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("reason", "link_ended")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    LINK_ENDED_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    link_ended: bool
+    def __init__(self, reason: _Optional[str] = ..., link_ended: bool = ...) -> None: ...
 
 class LinkRequest(_message.Message):
     __slots__ = ("hello", "probe", "chosen")

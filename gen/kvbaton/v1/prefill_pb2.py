@@ -23,23 +23,28 @@ _sym_db = _symbol_database.Default()
 
 
 from kvbaton.v1 import types_pb2 as kvbaton_dot_v1_dot_types__pb2
+from kvbaton.v1 import worker_pb2 as kvbaton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvbaton/v1/prefill.proto\x12\nkvbaton.v1\x1a\x16kvbaton/v1/types.proto\"^\n\x0eTransferTarget\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\"\xd8\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvbaton.v1.SamplingParams\x12*\n\x06target\x18\x04 \x01(\x0b\x32\x1a.kvbaton.v1.TransferTarget\x12\x18\n\x10output_token_ids\x18\x05 \x01(\x0c\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\ncache_salt\x18\x07 \x01(\t\"\xb1\x01\n\x0fPrefillResponse\x12-\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x16.kvbaton.v1.TokenEventH\x00\x12/\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1b.kvbaton.v1.PrefillFinishedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x03 \x01(\x0b\x32\x1a.kvbaton.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\x85\x01\n\x0fPrefillFinished\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x02 \x01(\x01\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12+\n\x08transfer\x18\x04 \x01(\x0b\x32\x19.kvbaton.v1.TransferStats2V\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1a.kvbaton.v1.PrefillRequest\x1a\x1b.kvbaton.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvbaton/v1/prefill.proto\x12\nkvbaton.v1\x1a\x16kvbaton/v1/types.proto\x1a\x17kvbaton/v1/worker.proto\";\n\x12\x43onnectPeerRequest\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"9\n\x13\x43onnectPeerResponse\x12\"\n\x04link\x18\x01 \x01(\x0b\x32\x14.kvbaton.v1.PeerLink\"^\n\x0eTransferTarget\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\"\xd8\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.kvbaton.v1.SamplingParams\x12*\n\x06target\x18\x04 \x01(\x0b\x32\x1a.kvbaton.v1.TransferTarget\x12\x18\n\x10output_token_ids\x18\x05 \x01(\x0c\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\ncache_salt\x18\x07 \x01(\t\"\xb1\x01\n\x0fPrefillResponse\x12-\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x16.kvbaton.v1.TokenEventH\x00\x12/\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x1b.kvbaton.v1.PrefillFinishedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x03 \x01(\x0b\x32\x1a.kvbaton.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"\x85\x01\n\x0fPrefillFinished\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x02 \x01(\x01\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12+\n\x08transfer\x18\x04 \x01(\x0b\x32\x19.kvbaton.v1.TransferStats2\xa6\x01\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1a.kvbaton.v1.PrefillRequest\x1a\x1b.kvbaton.v1.PrefillResponse0\x01\x12N\n\x0b\x43onnectPeer\x12\x1e.kvbaton.v1.ConnectPeerRequest\x1a\x1f.kvbaton.v1.ConnectPeerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvbaton.v1.prefill_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSFERTARGET']._serialized_start=64
-  _globals['_TRANSFERTARGET']._serialized_end=158
-  _globals['_PREFILLREQUEST']._serialized_start=161
-  _globals['_PREFILLREQUEST']._serialized_end=377
-  _globals['_PREFILLRESPONSE']._serialized_start=380
-  _globals['_PREFILLRESPONSE']._serialized_end=557
-  _globals['_PREFILLFINISHED']._serialized_start=560
-  _globals['_PREFILLFINISHED']._serialized_end=693
-  _globals['_PREFILLSERVICE']._serialized_start=695
-  _globals['_PREFILLSERVICE']._serialized_end=781
+  _globals['_CONNECTPEERREQUEST']._serialized_start=89
+  _globals['_CONNECTPEERREQUEST']._serialized_end=148
+  _globals['_CONNECTPEERRESPONSE']._serialized_start=150
+  _globals['_CONNECTPEERRESPONSE']._serialized_end=207
+  _globals['_TRANSFERTARGET']._serialized_start=209
+  _globals['_TRANSFERTARGET']._serialized_end=303
+  _globals['_PREFILLREQUEST']._serialized_start=306
+  _globals['_PREFILLREQUEST']._serialized_end=522
+  _globals['_PREFILLRESPONSE']._serialized_start=525
+  _globals['_PREFILLRESPONSE']._serialized_end=702
+  _globals['_PREFILLFINISHED']._serialized_start=705
+  _globals['_PREFILLFINISHED']._serialized_end=838
+  _globals['_PREFILLSERVICE']._serialized_start=841
+  _globals['_PREFILLSERVICE']._serialized_end=1007
 # @@protoc_insertion_point(module_scope)

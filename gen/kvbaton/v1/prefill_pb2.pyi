@@ -1,10 +1,25 @@
 from kvbaton.v1 import types_pb2 as _types_pb2
+from kvbaton.v1 import worker_pb2 as _worker_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class ConnectPeerRequest(_message.Message):
+    __slots__ = ("endpoint", "incarnation")
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    endpoint: str
+    incarnation: str
+    def __init__(self, endpoint: _Optional[str] = ..., incarnation: _Optional[str] = ...) -> None: ...
+
+class ConnectPeerResponse(_message.Message):
+    __slots__ = ("link",)
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    link: _worker_pb2.PeerLink
+    def __init__(self, link: _Optional[_Union[_worker_pb2.PeerLink, _Mapping]] = ...) -> None: ...
 
 class TransferTarget(_message.Message):
     __slots__ = ("endpoint", "ticket", "attempt", "num_cached_tokens")

@@ -40,6 +40,11 @@ class PrefillServiceStub(object):
                 request_serializer=kvbaton_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=kvbaton_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.ConnectPeer = channel.unary_unary(
+                '/kvbaton.v1.PrefillService/ConnectPeer',
+                request_serializer=kvbaton_dot_v1_dot_prefill__pb2.ConnectPeerRequest.SerializeToString,
+                response_deserializer=kvbaton_dot_v1_dot_prefill__pb2.ConnectPeerResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServiceServicer(object):
@@ -58,6 +63,16 @@ class PrefillServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ConnectPeer(self, request, context):
+        """ConnectPeer links this worker with a decode worker before a request needs it, and returns once it is known how KV
+        will travel; a link that is there already is left as it is. A hand-off to a worker that was never named here links
+        first. Fails with INVALID_ARGUMENT (endpoint), UNAVAILABLE (the decode worker cannot be reached, or not by the one
+        transport that this worker is told to use), DEADLINE_EXCEEDED. Safe to retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -65,6 +80,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=kvbaton_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
                     response_serializer=kvbaton_dot_v1_dot_prefill__pb2.PrefillResponse.SerializeToString,
+            ),
+            'ConnectPeer': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConnectPeer,
+                    request_deserializer=kvbaton_dot_v1_dot_prefill__pb2.ConnectPeerRequest.FromString,
+                    response_serializer=kvbaton_dot_v1_dot_prefill__pb2.ConnectPeerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -95,6 +115,33 @@ class PrefillService(object):
             '/kvbaton.v1.PrefillService/Prefill',
             kvbaton_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
             kvbaton_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConnectPeer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvbaton.v1.PrefillService/ConnectPeer',
+            kvbaton_dot_v1_dot_prefill__pb2.ConnectPeerRequest.SerializeToString,
+            kvbaton_dot_v1_dot_prefill__pb2.ConnectPeerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,7 +41,23 @@ _PrefillServicePrefillType = typing_extensions.TypeVar(
     ],
 )
 
-class PrefillServiceStub(typing.Generic[_PrefillServicePrefillType]):
+_PrefillServiceConnectPeerType = typing_extensions.TypeVar(
+    '_PrefillServiceConnectPeerType',
+    grpc.UnaryUnaryMultiCallable[
+        kvbaton.v1.prefill_pb2.ConnectPeerRequest,
+        kvbaton.v1.prefill_pb2.ConnectPeerResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvbaton.v1.prefill_pb2.ConnectPeerRequest,
+        kvbaton.v1.prefill_pb2.ConnectPeerResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kvbaton.v1.prefill_pb2.ConnectPeerRequest,
+        kvbaton.v1.prefill_pb2.ConnectPeerResponse,
+    ],
+)
+
+class PrefillServiceStub(typing.Generic[_PrefillServicePrefillType, _PrefillServiceConnectPeerType]):
     """The first leg. Served by prefill workers to routers; clients never reach it."""
 
     @typing.overload
@@ -50,6 +66,10 @@ class PrefillServiceStub(typing.Generic[_PrefillServicePrefillType]):
             kvbaton.v1.prefill_pb2.PrefillRequest,
             kvbaton.v1.prefill_pb2.PrefillResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            kvbaton.v1.prefill_pb2.ConnectPeerRequest,
+            kvbaton.v1.prefill_pb2.ConnectPeerResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -57,6 +77,10 @@ class PrefillServiceStub(typing.Generic[_PrefillServicePrefillType]):
         grpc.aio.UnaryStreamMultiCallable[
             kvbaton.v1.prefill_pb2.PrefillRequest,
             kvbaton.v1.prefill_pb2.PrefillResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kvbaton.v1.prefill_pb2.ConnectPeerRequest,
+            kvbaton.v1.prefill_pb2.ConnectPeerResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -69,10 +93,21 @@ class PrefillServiceStub(typing.Generic[_PrefillServicePrefillType]):
     ABORTED (the decode worker refused the transfer: retry with the next attempt number), DEADLINE_EXCEEDED.
     """
 
+    ConnectPeer: _PrefillServiceConnectPeerType
+    """ConnectPeer links this worker with a decode worker before a request needs it, and returns once it is known how KV
+    will travel; a link that is there already is left as it is. A hand-off to a worker that was never named here links
+    first. Fails with INVALID_ARGUMENT (endpoint), UNAVAILABLE (the decode worker cannot be reached, or not by the one
+    transport that this worker is told to use), DEADLINE_EXCEEDED. Safe to retry.
+    """
+
 PrefillServiceAsyncStub: typing_extensions.TypeAlias = PrefillServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         kvbaton.v1.prefill_pb2.PrefillRequest,
         kvbaton.v1.prefill_pb2.PrefillResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvbaton.v1.prefill_pb2.ConnectPeerRequest,
+        kvbaton.v1.prefill_pb2.ConnectPeerResponse,
     ],
 ]
 
@@ -91,6 +126,18 @@ class PrefillServiceServicer(metaclass=abc.ABCMeta):
         Fails with INVALID_ARGUMENT (never retry), RESOURCE_EXHAUSTED (queue full, or the prompt is larger than the pool:
         try another worker), UNAVAILABLE (draining, or the decode worker cannot be reached: try another worker),
         ABORTED (the decode worker refused the transfer: retry with the next attempt number), DEADLINE_EXCEEDED.
+        """
+
+    @abc.abstractmethod
+    def ConnectPeer(
+        self,
+        request: kvbaton.v1.prefill_pb2.ConnectPeerRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvbaton.v1.prefill_pb2.ConnectPeerResponse, collections.abc.Awaitable[kvbaton.v1.prefill_pb2.ConnectPeerResponse]]:
+        """ConnectPeer links this worker with a decode worker before a request needs it, and returns once it is known how KV
+        will travel; a link that is there already is left as it is. A hand-off to a worker that was never named here links
+        first. Fails with INVALID_ARGUMENT (endpoint), UNAVAILABLE (the decode worker cannot be reached, or not by the one
+        transport that this worker is told to use), DEADLINE_EXCEEDED. Safe to retry.
         """
 
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

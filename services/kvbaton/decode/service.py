@@ -23,6 +23,7 @@ class DecodeSide:
     def __init__(self, config: DecodeConfig) -> None:
         self.counters = ReceiverCounters()
         self._config = config
+        self._kv_port = 0
 
     async def check(self) -> None:
         """Raises StartupError for what cannot work, before a model is loaded."""
@@ -43,7 +44,12 @@ class DecodeSide:
         kv_service = Registration(SERVICE_NAME, receiver.add_to)
         kv_serving = serving([kv_service], config.host, config.kv_port, grace_seconds=0)
         async with entered_on(kv_thread, kv_serving) as kv_server:
+            self._kv_port = kv_server.port
             yield DecodeServicer(runtime, book, kv_server.port, config.kv_endpoint).registration
+
+    def describe(self, status: worker_pb2.WorkerStatus) -> None:
+        """Tell in a worker's status where KV is taken."""
+        status.kv_port, status.kv_endpoint = self._kv_port, self._config.kv_endpoint
 
 
 async def serve_decode(config: DecodeConfig, stop: asyncio.Event, started: "asyncio.Future[Server]") -> None:
@@ -55,5 +61,6 @@ async def serve_decode(config: DecodeConfig, stop: asyncio.Event, started: "asyn
         limits=Limits(max_prefill_tokens=0, max_decode_seqs=config.max_decode_seqs, max_waiting=config.max_waiting),
         services=[side.open],
         received=side.counters,
+        describe=[side.describe],
     )
     await serve_worker(config, offer, stop, started)

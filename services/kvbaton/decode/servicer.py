@@ -72,7 +72,8 @@ class DecodeServicer(DecodeServiceServicer):
     def _reserve(self, request: Request) -> Reservation:
         tokens = range(request.num_cached, request.num_prefill)
         on_applied = functools.partial(self._runtime.engine.kv_received, request.request_id)
-        return self._book.open(request.blocks, tokens, self._runtime.model.vocab_size, on_applied)
+        vocab_size = self._runtime.model.vocab_size
+        return self._book.open(request.blocks, tokens, vocab_size, on_applied, request.window_start)
 
     def _admitted(self, request: Request, reservation: Reservation | None) -> pb.DecodeAdmitted:
         passed = request.milestones

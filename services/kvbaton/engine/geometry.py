@@ -15,6 +15,8 @@ class LayerGeometry:
     num_kv_heads: int
     k_head_dim: int
     v_head_dim: int
+    window: int | None = None
+    """Tokens that a token sees, itself included; None for all."""
 
     @property
     def elements_per_token(self) -> int:
@@ -39,6 +41,11 @@ class KvGeometry:
     def num_layers(self) -> int:
         """Layers that keep KV."""
         return len(self.layers)
+
+    @cached_property
+    def window(self) -> int | None:
+        """The largest sliding window of a layer; None when no layer has one."""
+        return max((layer.window for layer in self.layers if layer.window is not None), default=None)
 
     @cached_property
     def layer_token_bytes(self) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
+        self._cut: set[int] = set()
         # Least recently released first. A plain dict would search its way over the holes that eviction leaves.
         self._cached: OrderedDict[int, None] = OrderedDict()
 
@@ -101,15 +102,31 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
-    def register(self, block: int, digest: bytes) -> None:
+    def register(self, block: int, digest: bytes, *, cut: bool = False) -> None:
         """A held block is full and its KV, that of the prefix `digest`, is in place: `match` may find it from now on.
 
-        Where the same KV is known already, in whichever block, nothing changes.
+        That of a `cut` one is in place in layers without a sliding window only. Where the same KV is known already, in
+        whichever block, nothing changes, but that a whole block takes the place of a cut one.
         """
         assert self._references[block] > 0, f"block {block} is not held"
-        if digest not in self._block_of and self._digests[block] is None:
-            self._block_of[digest] = block
-            self._digests[block] = digest
+        if self._digests[block] is not None:
+            return
+        known = self._block_of.get(digest)
+        if known is not None:
+            if cut or known not in self._cut:
+                return
+            self._unregister(known)
+            if known in self._cached:
+                del self._cached[known]
+                self._empty.append(known)
+        self._block_of[digest] = block
+        self._digests[block] = digest
+        if cut:
+            self._cut.add(block)
+
+    def is_cut(self, block: int) -> bool:
+        """Whether a block that `match` has found lacks KV in layers with a sliding window."""
+        return block in self._cut
 
     def forget(self, blocks: Sequence[int]) -> None:
         """Nothing finds these held blocks any more; their holders keep them."""
@@ -130,6 +147,7 @@ class BlockPool:
         assert all(self._digests[block] is not None for block in self._cached), "a cached block is not registered"
         registered = {digest: block for block, digest in enumerate(self._digests) if digest is not None}
         assert registered == self._block_of, "the prefix cache differs from the blocks"
+        assert self._cut <= set(registered.values()), "a block that is not registered is cut"
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
@@ -141,3 +159,4 @@ class BlockPool:
         if digest is not None:
             del self._block_of[digest]
             self._digests[block] = None
+            self._cut.discard(block)

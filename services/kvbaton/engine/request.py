@@ -95,6 +95,8 @@ class Request:
     """Leading tokens whose KV was found in the prefix cache at admission."""
     num_registered: int = 0
     """Leading blocks that the prefix cache knows."""
+    window_start: int = 0
+    """`Route.RECEIVE`: the first token of which layers with a sliding window get KV, those in the cache apart."""
     hashes: BlockHashes = field(init=False)
 
     def __post_init__(self) -> None:

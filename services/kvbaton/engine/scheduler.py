@@ -102,6 +102,8 @@ class Scheduler:
     limits: Limits
     eos_token_ids: frozenset[int]
     max_model_len: int
+    window: int | None = None
+    """The largest sliding window of the model's layers; None without one."""
     counters: EngineCounters = field(default_factory=EngineCounters)
     chunk_budget: ChunkBudget = field(default_factory=ChunkBudget)
     """Asked when the limits have a target; whoever measures steps tells it of them."""
@@ -186,17 +188,14 @@ class Scheduler:
         admitted: list[Request] = []
         while self._waiting:
             request = self._waiting[0]
-            cached = prefix.match(self.pool, request, hurried=bool(self._decoding))
+            cached = prefix.match(self.pool, request, self.window, hurried=bool(self._decoding))
             if cached is None:
                 break
             needed = self.pool.blocks_for(min(request.num_prefill + 1, request.max_kv_tokens)) - len(cached)
             if not self.pool.can_allocate(needed + self._num_growing, reusing=cached):
                 break
             self._waiting.discard(request)
-            self.pool.retain(cached)
-            request.blocks = cached + self.pool.allocate(needed)
-            request.num_registered = len(cached)
-            request.num_computed = request.num_cached = len(cached) * self.pool.block_size
+            prefix.begin(self.pool, request, self.window, cached, needed)
             request.milestones.admitted = now
             if request.uses_prefix_cache:
                 self.counters.prefix_tokens_queried += request.num_prefill

@@ -1,6 +1,7 @@
 """Which rectangles of KV travel in which frames, and whether all of it has arrived. Pure bookkeeping on both sides.
 
-KV of a layer grows token by token, so for each layer one number says how far it is ready, and one how far it was sent:
+KV of a layer grows token by token, so for each layer one number says how far it is ready, and one how far it was sent.
+A layer with a sliding window may begin later than the others (`engine.windows`).
 
     tokens   0 ........ sent ........ ready ........ stop
              [ on its way ][   pending  ][ not computed ]
@@ -22,6 +23,11 @@ class Rectangle:
     tokens: range
 
 
+def first_tokens(geometry: KvGeometry, token_start: int, window_start: int) -> list[int]:
+    """By layer, the first token that travels."""
+    return [token_start if layer.window is None else window_start for layer in geometry.layers]
+
+
 class FramePlanner:
     """Cuts the KV of tokens `[token_start, token_stop)` into frames, as the layers get ready.
 
@@ -32,10 +38,23 @@ class FramePlanner:
     def __init__(self, geometry: KvGeometry, token_start: int, token_stop: int, frame_bytes: int = FRAME_BYTES) -> None:
         """A token of one layer must fit a frame by itself or it makes a larger one."""
         self._geometry = geometry
+        self._start = token_start
         self._stop = token_stop
         self._frame_bytes = frame_bytes
         self._ready = [token_start] * geometry.num_layers
         self._sent = [token_start] * geometry.num_layers
+
+    def begin(self, window_start: int) -> None:
+        """Layers with a sliding window leave out the tokens before `window_start`. Call it before the first `next`.
+
+        Without such layers nothing happens. Raises ValueError when it is not within the tokens to send.
+        """
+        if self._geometry.window is None:
+            return
+        if not self._start <= window_start <= self._stop:
+            raise ValueError(f"window start {window_start} of tokens [{self._start}, {self._stop})")
+        self._sent = first_tokens(self._geometry, self._start, window_start)
+        self._ready = [max(pair) for pair in zip(self._ready, self._sent, strict=True)]
 
     def advance(self, layer: int, stop: int) -> None:
         """Tokens below `stop` are computed in `layer`."""
@@ -85,12 +104,13 @@ class FramePlanner:
 
 
 class Coverage:
-    """What of tokens `[token_start, token_stop)` has arrived: each layer in token order, each token once."""
+    """What of a transfer's tokens has arrived: each layer in token order, each token once."""
 
-    def __init__(self, geometry: KvGeometry, token_start: int, token_stop: int) -> None:
+    def __init__(self, geometry: KvGeometry, tokens: range, window_start: int) -> None:
+        """Of `tokens`, layers with a sliding window need those from `window_start` on."""
         self._geometry = geometry
-        self._stop = token_stop
-        self._received = [token_start] * geometry.num_layers
+        self._stop = tokens.stop
+        self._received = first_tokens(geometry, tokens.start, window_start)
 
     def problem(self, rectangle: Rectangle) -> str | None:
         """Why a frame with this rectangle must not come next; None when it may. Changes nothing."""

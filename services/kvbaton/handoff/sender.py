@@ -115,6 +115,14 @@ class OutgoingTransfer:
             self.first_token_id = token_id
             self._wake()
 
+    def begin(self, window_start: int) -> None:
+        """Sender's loop, before the first `next`: layers with a sliding window leave out what comes before.
+
+        Raises ValueError when that is not within the tokens to send.
+        """
+        with self._lock:
+            self._planner.begin(window_start)
+
     def attach(self) -> None:
         """Sender's loop: changes are announced here from now on."""
         with self._lock:
@@ -168,7 +176,11 @@ class KvSender:
         call: Call = method(timeout=timeout)
         header = encode_message(self._header(target))
         try:
-            await self._exchange(call, target, "ready", lambda: call.write(header))
+            ready = (await self._exchange(call, target, "ready", lambda: call.write(header))).ready
+            try:
+                outgoing.begin(ready.window_start)
+            except ValueError as error:
+                raise UnavailableError(f"decode worker {target.endpoint} answered {error}") from error
             await self._exchange(call, target, "applied", lambda: self._frames(call, target, outgoing))
             outgoing.report.applied_ns = wall_ns()
             self._counters.transfers_applied += 1
@@ -182,7 +194,7 @@ class KvSender:
 
     async def _exchange(
         self, call: "Call", target: Target, expected: str, write: Callable[[], Coroutine[Any, Any, None]]
-    ) -> None:
+    ) -> pb.TransferResponse:
         """Write, and read the answer all the while: a receiver that refuses or vanishes is noticed at once.
 
         If nobody were reading when a write to an ended stream fails, the receiver's reason would be lost.
@@ -206,9 +218,10 @@ class KvSender:
         if isinstance(answer, grpc.aio.AioRpcError) and call.time_remaining() == 0:
             # Not the status: where the deadline meets a write, gRPC says INTERNAL.
             raise TimeoutError(f"{peer}: deadline exceeded") from answer
-        self._check(answer, expected, peer)
+        checked = self._check(answer, expected, peer)
         if writing.cancelled():
             raise UnavailableError(f"{peer} answered {expected} before everything was sent")
+        return checked
 
     async def _frames(
         self,
@@ -246,7 +259,9 @@ class KvSender:
         await call.write(encode_message(commit))
         await call.done_writing()
 
-    def _check(self, answer: pb.TransferResponse | grpc.aio.AioRpcError | None, expected: str, peer: str) -> None:
+    def _check(
+        self, answer: pb.TransferResponse | grpc.aio.AioRpcError | None, expected: str, peer: str
+    ) -> pb.TransferResponse:
         if isinstance(answer, grpc.aio.AioRpcError):
             if answer.code() is grpc.StatusCode.NOT_FOUND:
                 raise NotFoundError(f"{peer}: {answer.details()}") from answer
@@ -260,6 +275,7 @@ class KvSender:
             raise TransferRejectedError(f"{peer}: {answer.rejected.reason}")
         if not _is(answer, expected):
             raise UnavailableError(f"{peer} answered {answer.WhichOneof('message')} where {expected} must come")
+        return answer
 
     def _header(self, target: Target) -> pb.KvHeader:
         return pb.KvHeader(

@@ -14,6 +14,7 @@ def geometry_to_proto(geometry: KvGeometry) -> types.KvGeometry:
                 num_kv_heads=layer.num_kv_heads,
                 k_head_dim=layer.k_head_dim,
                 v_head_dim=layer.v_head_dim,
+                window=layer.window or 0,
             )
             for count, layer in geometry.groups()
         ],
@@ -37,7 +38,10 @@ def geometry_problem(ours: KvGeometry, theirs: types.KvGeometry) -> str | None:
     if len(theirs.layer_groups) != num_groups:
         return f"geometry.layer_groups: sender has {len(theirs.layer_groups)} groups, receiver {num_groups}"
     groups = [
-        (group.num_layers, LayerGeometry(group.num_kv_heads, group.k_head_dim, group.v_head_dim))
+        (
+            group.num_layers,
+            LayerGeometry(group.num_kv_heads, group.k_head_dim, group.v_head_dim, group.window or None),
+        )
         for group in theirs.layer_groups
     ]
     if groups != ours.groups():

@@ -121,7 +121,7 @@ class PagedAttention:
 
     def _note(self, layer: int, tensors: Tensors, shape: LayerShape, arguments: dict[str, Any]) -> None:
         _, key, value = tensors
-        self.seen[layer] = LayerGeometry(key.shape[1], key.shape[-1], value.shape[-1])
+        self.seen[layer] = LayerGeometry(key.shape[1], key.shape[-1], value.shape[-1], shape.window)
         self.shapes[layer] = shape
         self.unknown_arguments |= {
             name

@@ -54,6 +54,10 @@ class ReferenceAttention:
             else:
                 keys, values = _gather(layer, piece.table[None], piece.start + piece.num_tokens, store)
             mask = batch.prefill_mask(piece, shape.window)
+            if mask is not None and shape.window is not None:
+                # What no query of the piece sees may be no number at all; see `_decode`.
+                low = max(0, piece.start - shape.window + 1)
+                keys, values, mask = keys[:, :, low:], values[:, :, low:], mask[..., low:]
             result = attend(query[rows].transpose(0, 1)[None], keys, values, mask, shape)
             output[rows] = result[0].transpose(0, 1)
         return output

@@ -21,6 +21,7 @@ from kvbaton.rpc.serving import Registration, parse_address
 from kvbaton.text.output import OutputText
 from kvbaton.v1 import prefill_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
+from kvbaton.v1 import worker_pb2
 from kvbaton.v1.prefill_pb2_grpc import PrefillServiceServicer, add_PrefillServiceServicer_to_server
 from kvbaton.worker.engine_thread import RequestHandle
 from kvbaton.worker.loop_thread import LoopThread
@@ -116,6 +117,21 @@ class PrefillServicer(PrefillServiceServicer):
             self._transfers.remove(handle.request_id)
             self._runtime.engine.remove(handle, finished=finished)
 
+    async def ConnectPeer(
+        self,
+        request: pb.ConnectPeerRequest,
+        context: "grpc.aio.ServicerContext[pb.ConnectPeerRequest, pb.ConnectPeerResponse]",
+    ) -> pb.ConnectPeerResponse:
+        """See the proto."""
+        _check_endpoint(request.endpoint, "endpoint")
+
+        async def connect() -> None:
+            await (await self._peers.get(request.endpoint)).channel_ready()
+
+        await self._kv_thread.call(connect())
+        link = worker_pb2.PeerLink(endpoint=request.endpoint, transport="grpc", reason="there is no other")
+        return pb.ConnectPeerResponse(link=link)
+
     async def _send(self, target: Target, transfer: OutgoingTransfer, timeout: float | None) -> TransferReport:
         async def send() -> TransferReport:
             channel = await self._peers.get(target.endpoint)
@@ -132,16 +148,20 @@ def _target(target: pb.TransferTarget, num_tokens: int) -> Target:
         raise InvalidArgumentError("target.num_cached_tokens", problem)
     if target.attempt < 1:
         raise InvalidArgumentError("target.attempt", f"{target.attempt} is not 1 or more")
-    try:
-        parse_address(target.endpoint)
-    except InvalidArgumentError as error:
-        raise InvalidArgumentError("target.endpoint", str(error)) from error
+    _check_endpoint(target.endpoint, "target.endpoint")
     return Target(
         endpoint=target.endpoint,
         ticket=target.ticket,
         attempt=target.attempt,
         tokens=range(target.num_cached_tokens, num_tokens),
     )
+
+
+def _check_endpoint(endpoint: str, field: str) -> None:
+    try:
+        parse_address(endpoint)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(field, str(error)) from error
 
 
 def _finished(request: Request, report: TransferReport | None) -> pb.PrefillFinished:

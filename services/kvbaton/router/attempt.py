@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import grpc
 
 from kvbaton.engine.errors import KvbatonError, NotFoundError, UnavailableError
+from kvbaton.router.links import kv_endpoint
 from kvbaton.router.registry import Placement, Worker
 from kvbaton.rpc.errors import from_rpc_error
-from kvbaton.rpc.serving import format_address, parse_address
 from kvbaton.v1 import decode_pb2, prefill_pb2
 from kvbaton.v1 import types_pb2 as types
 from kvbaton.v1.decode_pb2_grpc import DecodeServiceStub
@@ -185,13 +185,9 @@ class Attempt:
         self.timings.decode_admit_seconds = admitted.wait_seconds
         if locally:
             self.cached_tokens = admitted.num_cached_tokens
-        endpoint = admitted.kv_endpoint
-        if not endpoint:
-            host, _ = parse_address(self.placement.decode.address)
-            endpoint = format_address(host, admitted.kv_port)
         self._target.set_result(
             prefill_pb2.TransferTarget(
-                endpoint=endpoint,
+                endpoint=kv_endpoint(self.placement.decode.address, admitted.kv_endpoint, admitted.kv_port),
                 ticket=admitted.ticket,
                 attempt=1,
                 num_cached_tokens=admitted.num_cached_tokens,

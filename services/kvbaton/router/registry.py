@@ -113,6 +113,8 @@ class Registry:
     """What the workers serve; known from the first status on."""
     vocabulary_digest: str = ""
     """Of the router's own tokenizer, which makes the token ids that workers get; empty where there is none."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever a worker has come, was lost, or does what it did not do before."""
     _was_ready: bool = False
     _ready: bool = False
     _rng: random.Random = field(default_factory=random.Random)
@@ -140,6 +142,7 @@ class Registry:
         """Take in a worker's report. Raises StartupError for a contradiction before the router was ever ready."""
         restarted = worker.status is not None and worker.status.incarnation != status.incarnation
         newly = not worker.connected or restarted
+        before = worker.prefills, worker.decodes
         worker.status, worker.connected = status, True
         problem = self._contradiction(worker, status)
         if problem and not self._was_ready:
@@ -148,6 +151,8 @@ class Registry:
         if newly:
             level = logging.ERROR if problem else logging.INFO
             logger.log(level, "%s worker %s %s", _ROLE_NAMES[worker.role], worker.address, problem or "connected")
+        if newly or before != (worker.prefills, worker.decodes):
+            self.changed.set()
         self._check_readiness()
 
     def lost(self, worker: Worker, reason: str) -> None:
@@ -160,6 +165,7 @@ class Registry:
             # Whoever contradicted the one that has gone may be right now.
             if other.connected and other.status is not None and not other.usable:
                 other.problem = self._problem(other, other.status)
+        self.changed.set()
         self._check_readiness()
 
     def _problem(self, worker: Worker, status: pb.WorkerStatus) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kvbaton.engine.errors import StartupError
 from kvbaton.router.config import RouterConfig
+from kvbaton.router.links import LinkKeeper
 from kvbaton.router.registry import DECODE, PREFILL, UNIFIED, Registry, Worker
 from kvbaton.router.servicer import AdminServicer, InferenceServicer
 from kvbaton.rpc.serving import Server, channel, check_peer, probe, serving
@@ -42,11 +43,14 @@ async def serve_router(config: RouterConfig, stop: asyncio.Event, started: "asyn
             logger.info("router listening on %s, waiting for workers", server.address)
             started.set_result(server)
             async with asyncio.TaskGroup() as group:
-                watching = group.create_task(registry.watch_all())
-                announcing = group.create_task(_announce(server, registry, readiness))
+                running = [
+                    group.create_task(registry.watch_all()),
+                    group.create_task(_announce(server, registry, readiness)),
+                    group.create_task(LinkKeeper(registry).run()),
+                ]
                 await stop.wait()
-                watching.cancel()
-                announcing.cancel()
+                for task in running:
+                    task.cancel()
     finally:
         for worker in workers:
             await worker.channel.close()

@@ -31,5 +31,6 @@ async def serve_unified(config: UnifiedConfig, stop: asyncio.Event, started: "as
         on_layer=prefill.transfers.layer_done,
         sent=prefill.counters,
         received=decode.counters,
+        describe=[decode.describe],
     )
     await serve_worker(config, offer, stop, started)

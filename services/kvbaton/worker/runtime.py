@@ -66,7 +66,8 @@ def build_runtime(
     loaded = load_model(path, config.dtype, config.device, config.trust_remote_code)
     num_blocks = num_blocks_for(config, loaded)
     store = allocate(config, loaded, num_blocks)
-    scheduler = Scheduler(BlockPool(num_blocks, store.block_size), limits, loaded.eos_token_ids, loaded.max_model_len)
+    pool, window = BlockPool(num_blocks, store.block_size), loaded.geometry.window
+    scheduler = Scheduler(pool, limits, loaded.eos_token_ids, loaded.max_model_len, window)
     engine = Engine(scheduler, ModelRunner(loaded, store, on_layer))
     tokenizer = load_tokenizer(path)
     info = model_info(loaded, tokenizer, config.served_model_name or model_name(path))

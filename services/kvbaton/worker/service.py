@@ -15,7 +15,7 @@ from kvbaton.v1 import worker_pb2 as pb
 from kvbaton.worker.config import WorkerConfig
 from kvbaton.worker.loop_thread import LoopThread
 from kvbaton.worker.runtime import WorkerRuntime, load_runtime
-from kvbaton.worker.status import WorkerServicer
+from kvbaton.worker.status import Describe, WorkerServicer
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class Offer:
     """Hears on the engine's thread of each layer that is computed."""
     sent: SenderCounters = field(default_factory=SenderCounters)
     received: ReceiverCounters = field(default_factory=ReceiverCounters)
+    describe: Sequence[Describe] = ()
+    """What the services add to the worker's status."""
 
 
 async def serve_worker(
@@ -51,7 +53,7 @@ async def serve_worker(
         stack.callback(runtime.admission.close)
         services = [await stack.enter_async_context(opened(runtime, kv_thread)) for opened in offer.services]
         with runtime.engine:
-            status = WorkerServicer(offer.role, runtime, offer.sent, offer.received, stop)
+            status = WorkerServicer(offer.role, runtime, offer.sent, offer.received, stop, offer.describe)
             services.append(status.registration)
             async with serving(services, config.host, config.port, grace_seconds=config.grace_seconds) as server:
                 logger.info("%s worker ready on %s, serving %s", _name(offer.role), server.address, runtime.model.name)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import grpc
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_INTERVAL_SECONDS = 0.5
 
+Describe = Callable[[pb.WorkerStatus], None]
+"""Fills in what one of a worker's services tells in its status."""
+
 
 class WorkerServicer(WorkerServiceServicer):
     """Tells the state of one runtime, and changes its limits."""
@@ -32,6 +36,7 @@ class WorkerServicer(WorkerServiceServicer):
         sent: SenderCounters,
         received: ReceiverCounters,
         stop: asyncio.Event,
+        describe: Sequence[Describe] = (),
     ) -> None:
         """`sent` and `received` count this worker's transfers; `stop` is set when it drains."""
         self._role = role
@@ -40,6 +45,7 @@ class WorkerServicer(WorkerServiceServicer):
         self._sent = sent
         self._received = received
         self._stop = stop
+        self._describe = describe
 
     @property
     def registration(self) -> Registration:
@@ -114,7 +120,7 @@ class WorkerServicer(WorkerServiceServicer):
         runtime, sent, received = self._runtime, self._sent, self._received
         snapshot = await runtime.engine.snapshot(check=check)
         counts, counters = snapshot.counts, snapshot.counters
-        return pb.WorkerStatus(
+        status = pb.WorkerStatus(
             role=self._role,
             incarnation=runtime.incarnation,
             model=runtime.model,
@@ -149,6 +155,9 @@ class WorkerServicer(WorkerServiceServicer):
                 requests_not_a_number=counters.requests_not_a_number,
             ),
         )
+        for describe in self._describe:
+            describe(status)
+        return status
 
 
 def _limits_to_proto(limits: Limits) -> pb.EngineLimits:
