@@ -36,7 +36,7 @@ async def test_the_decode_request_ends_meanwhile(ends: Ends, seed: int) -> None:
     assert ends.received.transfers_rejected == 0, "nobody's fault"
     ends.proxy.spare()
     await ends.undisturbed(rng)
-    await settled(ends, descriptors)
+    await settled(ends.attempts, descriptors)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -52,7 +52,7 @@ async def test_the_prefill_request_is_cancelled(ends: Ends, seed: int) -> None:
         await reached.wait()
         sending.cancel()
     assert sending.cancelled()
-    await settled(ends, descriptors)
+    await settled(ends.attempts, descriptors)
     ends.proxy.spare()
     if ends.applied:
         # The last message had left: the receiver is right to go on, and whoever asked for it knows of the cancel.
@@ -61,7 +61,7 @@ async def test_the_prefill_request_is_cancelled(ends: Ends, seed: int) -> None:
     await ends.send(reservation, ends.compute(TOKENS), attempt=2)
     assert ends.arrived(reservation)
     assert ends.applied == [77]
-    await settled(ends, descriptors)
+    await settled(ends.attempts, descriptors)
 
 
 async def test_a_crowd_of_transfers_with_and_without_faults(ends: Ends) -> None:
@@ -91,4 +91,4 @@ async def test_a_crowd_of_transfers_with_and_without_faults(ends: Ends) -> None:
     assert len(ends.applied) == len(failed) - sum(failed)
     assert all(ends.arrived(reservation) or bad for reservation, bad in zip(reservations, failed, strict=True))
     assert len(ends.book) == sum(failed)
-    await settled(ends, descriptors)
+    await settled(ends.attempts, descriptors)

@@ -5,7 +5,7 @@ import gc
 import os
 import random
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sized
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -134,14 +134,14 @@ async def ends(geometry: KvGeometry = GEOMETRY, num_blocks: int = 96, *, direct:
                 yield made
 
 
-async def settled(made: Ends, descriptors: int) -> None:
-    """Wait until the receiver holds no attempt and the process has no more descriptors than before."""
+async def settled(held: Sized, descriptors: int) -> None:
+    """Wait until the receiver holds none of its attempts and the process has no more descriptors than before."""
     found: tuple[int, int] = (0, 0)
     try:
         async with asyncio.timeout(SETTLE_SECONDS):
             while True:
                 gc.collect()
-                found = (len(made.attempts), num_descriptors())
+                found = (len(held), num_descriptors())
                 if found[0] == 0 and found[1] <= descriptors:
                     return
                 await asyncio.sleep(0.02)
