@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbaton.engine.core import Engine
 from kvbaton.engine.geometry import DTYPE_BYTES, KvGeometry, LayerGeometry
-from kvbaton.engine.kv_store import Landing
+from kvbaton.engine.kv_store import Landing, SharedMemory
 from kvbaton.engine.output import SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.scheduler import Batch, Limits, Scheduler
@@ -59,6 +59,7 @@ class FakeStore:
 
     def __init__(self, geometry: KvGeometry = GEOMETRY, num_blocks: int = 32, block_size: int = BLOCK_SIZE) -> None:
         self.geometry = geometry
+        self.shared: SharedMemory | None = None
         self.block_size = block_size
         size = DTYPE_BYTES[geometry.dtype]
         # (width of a token's row, rows), K and V in turn

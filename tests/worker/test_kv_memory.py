@@ -1,6 +1,7 @@
 """How large the KV pool is: what was asked for, or what the device has."""
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,3 +120,16 @@ def test_a_pool_that_the_device_does_not_have_is_refused(loaded: LoadedModel, mo
         allocate(WorkerConfig(kv_memory="3GiB"), loaded, num_blocks)
     expected = "--kv-memory: the pool takes 3.00 GiB, and cpu has 2.00 GiB available of 8.00 GiB"
     assert str(caught.value) == expected
+
+
+def test_a_pool_to_be_shared(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert allocate(WorkerConfig(), loaded, 4, shared=True).shared is not None
+    assert allocate(WorkerConfig(), loaded, 4).shared is None
+    assert not caplog.records
+    monkeypatch.delattr(os, "memfd_create")
+    assert allocate(WorkerConfig(), loaded, 4, shared=True).shared is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "KV cannot be handed over by shared memory: this system has no memfd_create"
+    ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbaton.engine.geometry import KvGeometry
+from kvbaton.engine.pool_layout import PoolLayout
 
 Buffer = bytes | bytearray | memoryview
 """Any contiguous bytes."""
@@ -20,6 +21,17 @@ class Landing:
     """Call it when they are full: the payload is then in its blocks. Until then those may hold any part of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """A pool that other processes can map, and then read."""
+
+    layout: PoolLayout
+    descriptor: int
+    """Of the whole memory, read-only; the store's own, open as long as the store is there."""
+    probe: memoryview
+    """The layout's probe area, writable."""
+
+
 class KvStore(Protocol):
     """KV memory of one worker, addressed by layer, block list and token.
 
@@ -31,6 +43,11 @@ class KvStore(Protocol):
     @property
     def geometry(self) -> KvGeometry:
         """The shape of one token's KV."""
+        ...
+
+    @property
+    def shared(self) -> SharedMemory | None:
+        """How other processes can map this memory; None where they cannot."""
         ...
 
     def read(self, layers: range, blocks: Sequence[int], tokens: range) -> Sequence[memoryview]:

@@ -1,18 +1,23 @@
 """KV memory in torch tensors."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from kvbaton.engine.geometry import KvGeometry
-from kvbaton.engine.kv_store import Landing
+from kvbaton.engine.kv_store import Landing, SharedMemory
+from kvbaton.engine.pool_layout import lay_out
 from kvbaton.engine.runs import slot_runs
-from kvbaton.model.cpu.allocator import LargePages
 from kvbaton.model.cuda.copies import KvCopies
+from kvbaton.model.pool_memory import pool_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """torch's name of each KV dtype."""
+
+PROBE_BYTES = 4 << 20
+"""What a pool that others may map has for probes: enough for a copy's speed to show."""
 
 # KV crosses process borders as plain integers of the element's width: numpy has no bfloat16.
 _BITS = {"float32": torch.int32, "bfloat16": torch.int16}
@@ -25,22 +30,26 @@ class TorchKvStore:
     block more than asked for, which nobody has, for the rows that fill up a batch of fixed size.
     """
 
-    def __init__(self, geometry: KvGeometry, num_blocks: int, block_size: int, device: torch.device) -> None:
-        """Allocates the whole pool on `device`. Raises RuntimeError when it does not fit."""
+    def __init__(
+        self, geometry: KvGeometry, num_blocks: int, block_size: int, device: torch.device, *, shared: bool = False
+    ) -> None:
+        """Allocates the whole pool on `device`, where other processes can map it if it is to be `shared`.
+
+        Raises RuntimeError when it does not fit.
+        """
         self._geometry = geometry
         self.block_size = block_size
-        dtype = DTYPES[geometry.dtype]
         self.scratch_block = num_blocks
         self._copies = KvCopies(device, geometry.num_layers) if device.type == "cuda" else None
-        shape = (num_blocks + (device.type == "cuda"), block_size)
+        capacity = num_blocks + (device.type == "cuda")
+        self.layout = lay_out(geometry, capacity, block_size, PROBE_BYTES if shared else 0)
+        self.memory = pool_memory(self.layout.num_bytes, device, shared)
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        pages = LargePages()
-        for layer in geometry.layers:
-            for tensors, dim in ((self.keys, layer.k_head_dim), (self.values, layer.v_head_dim)):
-                whole = (*shape, layer.num_kv_heads, dim)
-                on_cpu = device.type == "cpu"
-                tensors.append(pages.empty(whole, dtype) if on_cpu else torch.empty(whole, dtype=dtype, device=device))
+        for number, layer in enumerate(geometry.layers):
+            shape = (capacity, block_size, layer.num_kv_heads)
+            self.keys.append(self._tensor(self.layout.k_offsets[number], (*shape, layer.k_head_dim)))
+            self.values.append(self._tensor(self.layout.v_offsets[number], (*shape, layer.v_head_dim)))
         bits = _BITS[geometry.dtype]
         # [tokens, elements]: what a token has in a layer, as integers, K and V apart.
         self._rows = [
@@ -53,6 +62,14 @@ class TorchKvStore:
     def geometry(self) -> KvGeometry:
         """The shape of one token's KV."""
         return self._geometry
+
+    @property
+    def shared(self) -> SharedMemory | None:
+        """See `KvStore.shared`."""
+        if self.memory.descriptor is None:
+            return None
+        probe = self.memory.tensor[self.layout.probe_offset :][: self.layout.probe_bytes]
+        return SharedMemory(self.layout, self.memory.descriptor, probe.numpy().data)
 
     def put(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store freshly computed KV: `slots` [tokens], `key` and `value` [tokens, num_kv_heads, head_dim]."""
@@ -78,6 +95,10 @@ class TorchKvStore:
         copies, rows, slots = self._copies, self._rows_of(layers), self._slots(blocks, tokens)
         pinned = copies.staging(rows, slots)
         return Landing([pinned.numpy().view(np.uint8).data], lambda: copies.write(rows, slots, pinned))
+
+    def _tensor(self, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+        dtype = DTYPES[self._geometry.dtype]
+        return self.memory.tensor[offset:][: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def _parts(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
         runs = slot_runs(blocks, tokens, self.block_size)
