@@ -126,7 +126,7 @@ def test_a_frame_with_one_byte_changed_raises_nothing_but_wire_errors(
         message = decode_message(bytes(encoded))
     except WireError:
         return
-    assert isinstance(message, Frame | pb.KvHeader | pb.KvCommit)
+    assert isinstance(message, Frame | pb.KvHeader | pb.KvCommit | pb.KvConfirm)
 
 
 def test_every_truncation_is_refused() -> None:
@@ -168,6 +168,7 @@ def test_an_empty_request_is_refused() -> None:
     ("data", "problem"),
     [
         (b"\x00\x00", "field number 0"),
+        (HEADER + varint(1 << 32) + b"\x00", "field number 536870912"),
         (b"\x0b", "wire type 3"),
         (b"\xff" * 11, "more than ten bytes"),
         (b"\x0d\x01\x02", "ends within a field"),

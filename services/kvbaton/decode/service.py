@@ -42,7 +42,7 @@ class DecodeSide:
     @asynccontextmanager
     async def open(self, runtime: WorkerRuntime, kv_thread: LoopThread) -> AsyncIterator[Registration]:
         """Offer the service, and KvTransferService beside it."""
-        config, book = self._config, TicketBook()
+        config, book = self._config, TicketBook(runtime.store.engine_follows_landings)
         fingerprint, counters = runtime.model.fingerprint, self.counters
         links = LinkBook(runtime.incarnation, runtime.host, config.transport, pool_openers(config, runtime))
         receiver = KvTransferServicer(

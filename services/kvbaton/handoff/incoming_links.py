@@ -168,8 +168,11 @@ class IncomingLink:
             if not obstacle and opener is not None:
                 obstacle = opener.obstacle(hello)
             if not obstacle and opener is not None and opener not in self._invited:
-                self._invited.append(opener)
-                socket = opener.invite(self.link_id) or socket
+                try:
+                    socket = opener.invite(self.link_id) or socket
+                    self._invited.append(opener)
+                except KvbatonError as error:
+                    obstacle = str(error)
             self._obstacles[transport] = obstacle
         return pb.LinkWelcome(
             link_id=self.link_id,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from crc32c import crc32c as extend_crc32c
 
 from kvbaton.engine.errors import NotFoundError, TransferRejectedError
-from kvbaton.engine.kv_store import KvStore, Landing
+from kvbaton.engine.kv_store import KvStore, Landing, Pending
 from kvbaton.handoff import wire
 from kvbaton.handoff.choice import AUTO, GRPC
 from kvbaton.handoff.codec import Frame, RunningDigest, WireError, crc32c, referenced_blocks
@@ -68,7 +68,9 @@ class ReceiverCounters:
 class TicketBook:
     """All open reservations of a decode worker. Safe to use from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_closed: Callable[[], None] = lambda: None) -> None:
+        """`on_closed` is called when nothing lands in a reservation's blocks any more, before they are given away."""
+        self._on_closed = on_closed
         self._reservations: dict[bytes, Reservation] = {}
         self._lock = threading.Lock()
 
@@ -107,6 +109,7 @@ class TicketBook:
             self._reservations.pop(reservation.ticket, None)
         with reservation.lock:
             reservation.closed = True
+        self._on_closed()
 
 
 class Arrival:
@@ -206,6 +209,7 @@ class IncomingTransfer:
         self._attempt = header.attempt
         self._coverage = Coverage(self._store.geometry, reservation.tokens, reservation.window_start)
         self._reservation = reservation
+        self._store.landings_follow_engine()
         return pb.KvReady(transport=transport, window_start=reservation.window_start)
 
     def write(self, frame: Frame) -> None:
@@ -251,6 +255,10 @@ class IncomingTransfer:
         with arrival:
             arrival.landing.finish()
         self._add(arrival.info, arrival.rectangle)
+
+    def landed(self) -> Pending | None:
+        """What must be done before `commit`: the last of the frames' copies on a device."""
+        return self._store.landed()
 
     def commit(self, commit: pb.KvCommit) -> pb.TransferResponse:
         """Verify the whole, and hand it over to the engine, unless the sender must confirm it first.
