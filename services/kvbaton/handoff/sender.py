@@ -25,6 +25,7 @@ from kvbaton.handoff.frames import REFERENCE_FRAME_BYTES, FramePlanner, Rectangl
 from kvbaton.handoff.http2.calls import StreamEndedError
 from kvbaton.handoff.http2.client import Connection
 from kvbaton.handoff.incoming_links import LinkEndedError
+from kvbaton.handoff.pending import settled
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
@@ -222,6 +223,8 @@ class KvSender:
     async def _frames(self, conversation: Conversation, target: Target, outgoing: OutgoingTransfer) -> None:
         digest, report = RunningDigest(), outgoing.report
         while (rectangle := await outgoing.next()) is not None:
+            if report.choice.transport != GRPC:
+                await settled(self._store.written(rectangle.layers))
             info, message = self._frame(target, outgoing, rectangle)
             digest.add(info)
             report.first_frame_ns = report.first_frame_ns or wall_ns()

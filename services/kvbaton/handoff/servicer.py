@@ -137,10 +137,12 @@ class TransferCall:
         if not isinstance(error, TransferRejectedError):
             self._stream.end(error)
             return
-        if not isinstance(error, RequestEndedError):
+        ended = isinstance(error, LinkEndedError)
+        if ended:
+            logger.info("KV transfer from %s is to link anew: %s", self._stream.peer, error)
+        elif not isinstance(error, RequestEndedError):
             self._counters.transfers_rejected += 1
             logger.warning("KV transfer from %s rejected: %s", self._stream.peer, error)
-        ended = isinstance(error, LinkEndedError)
         rejected = pb.KvRejected(reason=str(error), link_ended=ended)
         self._stream.send(pb.TransferResponse(rejected=rejected).SerializeToString())
         self._stream.end()

@@ -1,12 +1,15 @@
 """Which transports a worker's memory makes possible."""
 
 import os
+import socket
 from collections.abc import Sequence
 
 from kvbaton.engine.errors import StartupError
-from kvbaton.handoff.choice import CUDA_IPC, SHARED_MEMORY
+from kvbaton.handoff.choice import AUTO, CUDA_IPC, GRPC, SHARED_MEMORY
+from kvbaton.handoff.shared_memory import SharedMemoryOpener, SharedMemoryPool
 from kvbaton.handoff.sharing import PoolOpener, SharedPool
 from kvbaton.worker.config import WorkerConfig
+from kvbaton.worker.cuda_sharing import cuda_pool_opener, cuda_shared_pool
 from kvbaton.worker.runtime import WorkerRuntime
 
 
@@ -23,9 +26,28 @@ def check_transport(config: WorkerConfig) -> None:
 
 def shared_pools(config: WorkerConfig, runtime: WorkerRuntime) -> Sequence[SharedPool]:
     """What a worker that prefills offers besides gRPC. Raises StartupError when `--transport` is not among it."""
-    return ()
+    pools: list[SharedPool] = []
+    cuda = cuda_shared_pool(runtime.store)
+    if cuda is not None:
+        pools.append(cuda)
+    if runtime.store.shared is not None:
+        pools.append(SharedMemoryPool(runtime.store.shared))
+    _check(config, [pool.transport for pool in pools], "the KV pool cannot be shared with other processes")
+    return pools
 
 
 def pool_openers(config: WorkerConfig, runtime: WorkerRuntime) -> Sequence[PoolOpener]:
     """What a worker that decodes can open besides gRPC. Raises StartupError when `--transport` is not among it."""
-    return ()
+    openers: list[PoolOpener] = []
+    cuda = cuda_pool_opener(runtime.store, runtime.incarnation)
+    if cuda is not None:
+        openers.append(cuda)
+    if not config.device.startswith("cuda") and hasattr(socket, "SO_PEERCRED"):
+        openers.append(SharedMemoryOpener(runtime.store))
+    _check(config, [opener.transport for opener in openers], "the memory of other processes cannot be opened")
+    return openers
+
+
+def _check(config: WorkerConfig, transports: Sequence[str], problem: str) -> None:
+    if config.transport not in (AUTO, GRPC, *transports):
+        raise StartupError(f"--transport: {config.transport} is not to be had: {problem}; the log may say why")
