@@ -69,7 +69,7 @@ SYSTEMS = (
     System("NIXL TCP", "nixl tcp", NIXL_WAYS),
     System("Mooncake TCP", "mooncake", ("per block", "coalesced")),
     System("memcpy", "kvbaton", ("memcpy",), alone=True),
-    System("kvbaton shared_memory", "", ("shared_memory",)),
+    System("kvbaton shared_memory", "kvbaton", ("shared_memory",)),
     System("NIXL shared memory", "nixl", NIXL_WAYS),
     System("CRC32C", "kvbaton", ("crc32c",), alone=True),
 )

@@ -1,8 +1,9 @@
 """kvbaton's hand-off between two KV pools, as bench/handoff.py asks: `handoff_kvbaton.py from|to BLOCKS`.
 
 Sender, endpoint, tickets and pools are the services' own, on their event loop; nothing is left out: every frame is
-verified, and a transfer has ended when the prefill side has read Applied. Ways: "grpc", and beside it, between the same
-two processes and pools, "tcp", "memcpy" and "crc32c" of `handoff_plain`.
+verified, and a transfer has ended when the prefill side has read Applied. Ways: "grpc" and "shared_memory", each over a
+link that has chosen it, and beside them, between the same two processes and pools, "tcp", "memcpy" and "crc32c" of
+`handoff_plain`.
 """
 
 import asyncio
@@ -12,12 +13,18 @@ from contextlib import AsyncExitStack
 import torch
 
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
+from kvbaton.handoff.agreement import Agreement, LinkOffer
+from kvbaton.handoff.choice import AUTO, GRPC, SHARED_MEMORY
 from kvbaton.handoff.host import host_identity
 from kvbaton.handoff.http2.client import Connection
-from kvbaton.handoff.http2.server import serving_kv
+from kvbaton.handoff.http2.server import Methods, serving_kv
+from kvbaton.handoff.incoming_links import LinkBook
+from kvbaton.handoff.link_call import LinkCall
+from kvbaton.handoff.links import LINK_METHOD
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, TicketBook
 from kvbaton.handoff.sender import KvSender, OutgoingTransfer, SenderCounters, Target
 from kvbaton.handoff.servicer import KvTransferServicer
+from kvbaton.handoff.shared_memory import SharedMemoryOpener, SharedMemoryPool
 from kvbaton.model.store import TorchKvStore
 from kvbaton.rpc import serving
 from kvbaton.v1 import types_pb2 as types
@@ -67,6 +74,7 @@ class Receiver(Side):
         self._stack = stack
         self._book = TicketBook()
         self._counters = ReceiverCounters()
+        self._links = LinkBook("to", host_identity(), AUTO, [SharedMemoryOpener(self.store)])
         self._plain = handoff_plain.PlainReceiver()
         # What memcpy copies: the other pool's contents in this process.
         self._copy = Pool(num_blocks, seed=1)
@@ -75,7 +83,8 @@ class Receiver(Side):
     async def open(self, _: Answer) -> Answer:
         """Listen."""
         servicer = KvTransferServicer(self._incoming, self._counters)
-        server = await self._stack.enter_async_context(serving_kv(servicer.methods, "127.0.0.1", 0))
+        methods: Methods = {**servicer.methods, LINK_METHOD: lambda stream: LinkCall(self._links, stream)}
+        server = await self._stack.enter_async_context(serving_kv(methods, "127.0.0.1", 0))
         return {"port": server.port, "plain": self._plain.port}
 
     async def peer(self, _: Answer) -> Answer:
@@ -109,7 +118,7 @@ class Receiver(Side):
         return watch
 
     def _incoming(self) -> IncomingTransfer:
-        return IncomingTransfer(self._book, self.store, FINGERPRINT, self._counters)
+        return IncomingTransfer(self._book, self.store, FINGERPRINT, self._counters, self._links)
 
 
 class Sender(Side):
@@ -119,13 +128,18 @@ class Sender(Side):
         super().__init__("from", num_blocks)
         self._stack = stack
         self._sender = KvSender(self.store, FINGERPRINT, host_identity(), SenderCounters())
+        self._links: dict[str, tuple[Connection, Agreement]] = {}
 
     async def connect(self, arguments: Answer) -> Answer:
         """Reach the other process."""
         self._plain = handoff_plain.PlainSender(arguments["plain"])
         self._endpoint = f"127.0.0.1:{arguments['port']}"
-        self._connection = await Connection.open(self._endpoint, TIMEOUT_SECONDS)
-        self._stack.push_async_callback(self._connection.close)
+        for way in (GRPC, SHARED_MEMORY):
+            connection = await Connection.open(self._endpoint, TIMEOUT_SECONDS)
+            self._stack.push_async_callback(connection.close)
+            assert self.store.shared is not None
+            offer = LinkOffer("from", host_identity(), way, [SharedMemoryPool(self.store.shared)])
+            self._links[way] = connection, await offer.agree(connection.call(LINK_METHOD, None))
         return {}
 
     async def send(self, arguments: Answer) -> Answer:
@@ -135,6 +149,7 @@ class Sender(Side):
         if load.way in PIECES:
             return self._plain.send(self.parts(load), PIECES[load.way]).answer()
         tokens = range(load.num_tokens)
+        connection, agreement = self._links[load.way]
         watch = Stopwatch()
         for ticket, blocks in zip(tickets, load.tables("from"), strict=True):
             watch.begin()
@@ -142,7 +157,7 @@ class Sender(Side):
             outgoing.cached(tokens.stop, blocks)
             outgoing.first_token(1)
             target = Target(endpoint=self._endpoint, ticket=ticket, attempt=1, tokens=tokens)
-            await self._sender.send(self._connection, target, outgoing, TIMEOUT_SECONDS)
+            await self._sender.send(connection, target, outgoing, TIMEOUT_SECONDS, agreement)
             watch.end()
         return watch.answer()
 

@@ -14,7 +14,7 @@ from kvbaton.engine.geometry import KvGeometry
 FRAME_BYTES = 1 << 20
 """Most payload bytes a frame carries: small ones cost per message, large ones hold up the loop that carries them."""
 
-REFERENCE_FRAME_BYTES = 4 << 20
+REFERENCE_FRAME_BYTES = 8 << 20
 """The same where a frame names blocks: its message is small, and what it names is copied in one go."""
 
 

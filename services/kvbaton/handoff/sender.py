@@ -256,13 +256,13 @@ class KvSender:
             token_start=tokens.start,
             token_stop=tokens.stop,
         )
-        if transport == CUDA_IPC:
-            # The KV would have to leave the device for a checksum of it.
-            return info, [encode_reference(info, self._blocks(outgoing.blocks, tokens))]
-        parts = self._store.read(layers, outgoing.blocks, tokens)
-        info.crc32c = crc32c(parts)
         if transport == GRPC:
+            parts = self._store.read(layers, outgoing.blocks, tokens)
+            info.crc32c = crc32c(parts)
             return info, [encode_frame_start(info, sum(map(len, parts))), *parts]
+        if transport != CUDA_IPC:
+            # On a GPU the KV would have to leave the device for a checksum of it.
+            info.crc32c = self._store.checksum(layers, outgoing.blocks, tokens)
         return info, [encode_reference(info, self._blocks(outgoing.blocks, tokens))]
 
     def _blocks(self, blocks: Sequence[int], tokens: range) -> Sequence[int]:
