@@ -40,6 +40,13 @@ class KvStore(Protocol):
         """
         ...
 
+    def encoded(self, encoding: str) -> "KvStore":
+        """The same memory, whose payloads are as `encoding` has them; itself for none.
+
+        Raises ValueError for an unknown encoding.
+        """
+        ...
+
     def landing(self, layers: range, blocks: Sequence[int], tokens: range) -> Landing:
         """Where to receive a payload. Nobody else may write those blocks, or read them, before it is finished."""
         ...

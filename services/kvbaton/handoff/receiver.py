@@ -131,8 +131,10 @@ class IncomingTransfer:
         if self._reservation is not None:
             raise TransferRejectedError("header: a second one")
         reservation = self._book.find(header.ticket)
-        problem = wire.fingerprint_problem(self._fingerprint, header.fingerprint)
-        problem = problem or wire.geometry_problem(self._store.geometry, header.geometry)
+        encoding = header.encoding
+        problem = wire.encoding_problem(encoding)
+        problem = problem or wire.fingerprint_problem(self._fingerprint, header.fingerprint, encoding)
+        problem = problem or wire.geometry_problem(self._store.geometry, header.geometry, encoding)
         if problem is None and (header.token_start, header.token_stop) != (
             reservation.tokens.start,
             reservation.tokens.stop,
@@ -148,6 +150,7 @@ class IncomingTransfer:
                 raise TransferRejectedError(f"attempt: {header.attempt} is not above {reservation.attempt}")
             reservation.attempt = header.attempt
         self._attempt = header.attempt
+        self._store = self._store.encoded(encoding)
         self._coverage = Coverage(self._store.geometry, reservation.tokens, reservation.window_start)
         self._reservation = reservation
         return pb.KvReady(transport="grpc", window_start=reservation.window_start)

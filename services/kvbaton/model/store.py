@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from kvbaton.engine.geometry import KvGeometry
-from kvbaton.engine.kv_store import Landing
+from kvbaton.engine.kv_store import KvStore, Landing
 from kvbaton.engine.runs import slot_runs
 from kvbaton.model.cpu.allocator import LargePages
 from kvbaton.model.cuda.copies import KvCopies
+from kvbaton.model.encoded_store import EncodedStore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """torch's name of each KV dtype."""
@@ -63,6 +64,10 @@ class TorchKvStore:
         """Engine's thread: `put` was called for KV of `layer` that is to be read; another thread's `read` awaits it."""
         if self._copies is not None:
             self._copies.mark_written(layer)
+
+    def encoded(self, encoding: str) -> KvStore:
+        """See `KvStore.encoded`."""
+        return EncodedStore(self, encoding) if encoding else self
 
     def read(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
         """See `KvStore.read`. Waits for a device's copy to the host."""
