@@ -62,14 +62,15 @@ def programs(peers: Path) -> list[Program]:
     ]
 
 
+NIXL_WAYS = ("write per block", "write coalesced", "read per block", "read coalesced")
 SYSTEMS = (
     System("raw TCP", "kvbaton", ("tcp", "tcp, 4 MiB")),
     System("kvbaton grpc", "kvbaton", ("grpc",)),
-    System("NIXL TCP", "nixl tcp", ("per block", "coalesced")),
+    System("NIXL TCP", "nixl tcp", NIXL_WAYS),
     System("Mooncake TCP", "mooncake", ("per block", "coalesced")),
     System("memcpy", "kvbaton", ("memcpy",), alone=True),
     System("kvbaton shared_memory", "", ("shared_memory",)),
-    System("NIXL shared memory", "nixl", ("per block", "coalesced")),
+    System("NIXL shared memory", "nixl", NIXL_WAYS),
     System("CRC32C", "kvbaton", ("crc32c",), alone=True),
 )
 

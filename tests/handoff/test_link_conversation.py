@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kvbaton.engine.errors import InvalidArgumentError, OverloadedError, UnavailableError
+from kvbaton.engine.errors import InvalidArgumentError, OverloadedError, TransferRejectedError, UnavailableError
 from kvbaton.handoff import agreement as agreement_module
 from kvbaton.handoff import incoming_links as receiver_module
 from kvbaton.handoff.agreement import Agreement, LinkOffer
@@ -233,7 +233,7 @@ async def test_a_link_that_has_ended_lends_nothing() -> None:
     assert pair.opener.forgotten == pair.opener.invited
     with pytest.raises(LinkEndedError):
         pair.book.find(agreed.link_id, SHARED_MEMORY)
-    with pytest.raises(LinkEndedError), link.pool():
+    with pytest.raises(TransferRejectedError, match="has ended"), link.pool():
         pass
     link.close()
     assert len(pair.opener.forgotten) == 1

@@ -80,7 +80,7 @@ def test_a_whole_transfer_is_written_counted_and_applied_once(receiver: Receiver
         assert receiver.applied == []
         transfer.write(frame)
     size = GEOMETRY.token_bytes * len(TOKENS)
-    assert transfer.commit(commit(frames)) == pb.KvApplied(num_frames=3, payload_bytes=size)
+    assert transfer.commit(commit(frames)).applied == pb.KvApplied(num_frames=3, payload_bytes=size)
     assert receiver.applied == [FIRST_TOKEN]
     assert receiver.arrived
     assert receiver.counters == ReceiverCounters(kv_bytes_received=size, transfers_applied=1)

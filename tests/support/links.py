@@ -1,7 +1,6 @@
 """Links without sockets: streams that are two queues, connections that a receiver's book answers, and fake pools."""
 
 import asyncio
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,17 +9,20 @@ from kvbaton.handoff.agreement import LinkOffer
 from kvbaton.handoff.choice import AUTO, SHARED_MEMORY
 from kvbaton.handoff.codec import crc32c
 from kvbaton.handoff.incoming_links import LinkBook
+from kvbaton.handoff.landing import fill
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
+from support.fakes import FakeStore
 
 HOST = types.HostIdentity(boot_id="b1", network_namespace=7, gpu_uuids=["G1"])
 PROBE_BYTES = 1000
 
 
 class Memory:
-    """What a sender and a receiver on one host both see."""
+    """What a sender and a receiver on one host both see: the sender's `source`, and where it lands."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: FakeStore | None = None, sink: FakeStore | None = None) -> None:
+        self.source, self.sink = source or FakeStore(), sink or FakeStore()
         self.probe = bytearray(PROBE_BYTES)
         self.handed_over: set[bytes] = set()
 
@@ -36,7 +38,8 @@ class FakeSharedPool:
         self.damage = False
 
     def describe(self, hello: pb.LinkHello) -> None:
-        hello.layout.CopyFrom(pb.PoolLayout(num_bytes=4096, probe_bytes=PROBE_BYTES))
+        block_size = self.memory.source.block_size
+        hello.layout.CopyFrom(pb.PoolLayout(num_bytes=4096, block_size=block_size, probe_bytes=PROBE_BYTES))
 
     async def hand_over(self, welcome: pb.LinkWelcome) -> None:
         await asyncio.sleep(0)
@@ -51,11 +54,13 @@ class FakeSharedPool:
 
 
 class FakeForeignPool:
-    """The sender's memory in the receiver's eyes; `copies` are its calls, and their checksum is of what they name."""
+    """The sender's memory in the receiver's eyes. `before_copy` may wait; a device's has no checksums."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.closed = False
+        self.checksums = True
+        self.before_copy: Callable[[], None] = lambda: None
         self.during_probe: Callable[[], None] = lambda: None
 
     def probe(self, num_bytes: int) -> tuple[int, float]:
@@ -65,7 +70,11 @@ class FakeForeignPool:
 
     def copy(self, layers: range, theirs: Sequence[int], tokens: range, blocks: Sequence[int]) -> int | None:
         assert not self.closed
-        return zlib.crc32(repr((layers, list(theirs), tokens, list(blocks))).encode())
+        self.before_copy()
+        first = tokens.start // self.memory.source.block_size
+        payload = b"".join(self.memory.source.read(layers, [0] * first + list(theirs), tokens))
+        fill(self.memory.sink.landing(layers, blocks, tokens), payload)
+        return crc32c([payload]) if self.checksums else None
 
     def close(self) -> None:
         assert not self.closed

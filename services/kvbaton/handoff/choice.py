@@ -27,6 +27,7 @@ class Obstacle(StrEnum):
     OTHER_HOST = "other host"
     NAMELESS_HOST = "a host without a boot id"
     OTHER_NETWORK_NAMESPACE = "other network namespace"
+    SAME_PROCESS = "the same process"
     NO_GPU = "the decode worker's KV is not on a GPU"
     NOT_IN_HOST_MEMORY = "the decode worker's KV is not in host memory"
     NO_PEER_ACCESS = "no common GPU, and no peer access between the two"

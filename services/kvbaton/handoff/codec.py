@@ -25,9 +25,11 @@ _FRAME_FIELD = pb.TransferRequest.FRAME_FIELD_NUMBER
 _COMMIT_FIELD = pb.TransferRequest.COMMIT_FIELD_NUMBER
 _INFO_FIELD = pb.KvFrame.INFO_FIELD_NUMBER
 _PAYLOAD_FIELD = pb.KvFrame.PAYLOAD_FIELD_NUMBER
+_REFERENCE_FIELD = pb.KvFrame.REFERENCE_FIELD_NUMBER
+_CONFIRM_FIELD = pb.TransferRequest.CONFIRM_FIELD_NUMBER
 
 
-_M = TypeVar("_M", pb.KvHeader, pb.KvCommit, pb.FrameInfo)
+_M = TypeVar("_M", pb.KvHeader, pb.KvCommit, pb.KvConfirm, pb.FrameInfo, pb.KvReference)
 
 
 class WireError(ValueError):
@@ -40,9 +42,11 @@ class Frame:
 
     info: pb.FrameInfo
     payload: memoryview
+    reference: pb.KvReference | None = None
+    """Where the payload lies in the sender's memory, instead of it."""
 
 
-Message = pb.KvHeader | Frame | pb.KvCommit
+Message = pb.KvHeader | Frame | pb.KvCommit | pb.KvConfirm
 """What a sender writes."""
 
 
@@ -71,10 +75,25 @@ def encode_frame(info: pb.FrameInfo, parts: Sequence[Buffer]) -> bytes:
     return b"".join((request_start, frame_start, *parts))
 
 
-def encode_message(message: pb.KvHeader | pb.KvCommit) -> bytes:
-    """Wire bytes of a `TransferRequest` with a header or a commit."""
+def encode_reference(info: pb.FrameInfo, blocks: Sequence[int]) -> bytes:
+    """Wire bytes of a frame that names the sender's `blocks`, the first of which holds its first token."""
+    reference = pb.KvReference(blocks=struct.pack(f"<{len(blocks)}I", *blocks))
+    return pb.TransferRequest(frame=pb.KvFrame(info=info, reference=reference)).SerializeToString()
+
+
+def referenced_blocks(reference: pb.KvReference) -> tuple[int, ...]:
+    """The blocks that a frame names. Raises WireError when their bytes are not whole."""
+    if len(reference.blocks) % 4:
+        raise WireError(f"reference.blocks: {len(reference.blocks)} bytes are not whole uint32 numbers")
+    return struct.unpack(f"<{len(reference.blocks) // 4}I", reference.blocks)
+
+
+def encode_message(message: pb.KvHeader | pb.KvCommit | pb.KvConfirm) -> bytes:
+    """Wire bytes of a `TransferRequest` with a message that has no payload."""
     if isinstance(message, pb.KvHeader):
         return pb.TransferRequest(header=message).SerializeToString()
+    if isinstance(message, pb.KvConfirm):
+        return pb.TransferRequest(confirm=message).SerializeToString()
     return pb.TransferRequest(commit=message).SerializeToString()
 
 
@@ -91,6 +110,8 @@ def decode_message(data: bytes) -> Message:
             found.append(_parse(pb.KvHeader(), value))
         elif field == _COMMIT_FIELD:
             found.append(_parse(pb.KvCommit(), value))
+        elif field == _CONFIRM_FIELD:
+            found.append(_parse(pb.KvConfirm(), value))
     if len(found) != 1:
         raise WireError(f"a transfer request holds one message, not {len(found)}")
     return found[0]
@@ -125,12 +146,15 @@ class RunningDigest:
 
 def _decode_frame(data: memoryview) -> Frame:
     info, payload = pb.FrameInfo(), memoryview(b"")
+    reference: pb.KvReference | None = None
     for field, value in _fields(data):
         if field == _INFO_FIELD:
             info = _parse(info, value)
         elif field == _PAYLOAD_FIELD:
             payload = value
-    return Frame(info, payload)
+        elif field == _REFERENCE_FIELD:
+            reference = _parse(reference or pb.KvReference(), value)
+    return Frame(info, payload, reference)
 
 
 def _parse(message: _M, data: memoryview) -> _M:

@@ -11,7 +11,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from kvbaton.engine.errors import InvalidArgumentError, KvbatonError, OverloadedError, TransferRejectedError
+from kvbaton.engine.errors import (
+    InvalidArgumentError,
+    KvbatonError,
+    OverloadedError,
+    TransferRejectedError,
+    UnavailableError,
+)
 from kvbaton.handoff.agreement import LINK_ID_BYTES
 from kvbaton.handoff.choice import GRPC, allowed, receiver_obstacle
 from kvbaton.handoff.codec import crc32c
@@ -27,7 +33,7 @@ MAX_TRANSPORTS = 8
 
 
 class LinkEndedError(TransferRejectedError):
-    """A transfer refers to a link that is unknown here, or has ended: the sender may link anew and try again."""
+    """A header refers to a link that is unknown here, or has ended: the sender may link anew and try again."""
 
 
 @dataclass(slots=True)
@@ -116,12 +122,21 @@ class IncomingLink:
 
     @contextlib.contextmanager
     def pool(self) -> Iterator[ForeignPool]:
-        """The sender's memory, which stays open until the block ends. Raises LinkEndedError when it is open no more."""
+        """The sender's memory, which stays open until the block ends.
+
+        Raises TransferRejectedError when it is open no more.
+        """
         with self._lock:
             pool = self._pools.get(self.chosen)
             if self._closed or pool is None:
-                raise LinkEndedError("the link has ended")
+                raise TransferRejectedError("the link to the sender's memory has ended")
             yield pool
+
+    def blocks_of(self, tokens: range) -> int:
+        """How many of the sender's blocks hold `tokens`, which are not none."""
+        # Whoever opened the memory has checked its layout.
+        block_size = self._hello.layout.block_size if self._hello is not None else 1
+        return (tokens.stop - 1) // block_size - tokens.start // block_size + 1
 
     def close(self) -> None:
         """The link's stream has ended. Waits for a copy that runs; closing twice is harmless."""
@@ -185,7 +200,7 @@ class IncomingLink:
     def _probe(self, transport: str, hello: pb.LinkHello, num_bytes: int) -> tuple[int, float]:
         with self._lock:
             if self._closed:
-                raise LinkEndedError("the link has ended")
+                raise UnavailableError("the link has ended")
             pool = self._pools.get(transport)
             if pool is None:
                 opener = next(opener for opener in self._invited if opener.transport == transport)

@@ -1,9 +1,12 @@
 """The decode side of a transfer: tickets, checks, and the only writes of foreign KV into this worker's memory.
 
 Life of a reservation: `TicketBook.open` (blocks are reserved) -> one or more attempts, each an `IncomingTransfer`, of
-which the newest alone may write -> `applied` once, or `TicketBook.close` at any moment. Frames are written by the
+which the newest alone may write -> applied once, or `TicketBook.close` at any moment. Frames are written by the
 thread that reads them, while requests end on another: a reservation's lock makes closing wait for a write in
 progress, so that no byte can reach a block that was given to somebody else.
+
+Frames bring a payload, or name blocks in memory of the sender that a link has opened; those are copied from there, and
+what was copied counts only once the sender has confirmed that it still held them.
 """
 
 import secrets
@@ -14,8 +17,10 @@ from dataclasses import dataclass, field
 from kvbaton.engine.errors import NotFoundError, TransferRejectedError
 from kvbaton.engine.kv_store import KvStore
 from kvbaton.handoff import wire
-from kvbaton.handoff.codec import Frame, RunningDigest, crc32c
+from kvbaton.handoff.choice import AUTO, GRPC
+from kvbaton.handoff.codec import Frame, RunningDigest, WireError, crc32c, referenced_blocks
 from kvbaton.handoff.frames import Coverage, Rectangle
+from kvbaton.handoff.incoming_links import IncomingLink, LinkBook
 from kvbaton.handoff.landing import fill
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
@@ -111,12 +116,18 @@ class IncomingTransfer:
         store: KvStore,
         fingerprint: types.ModelFingerprint,
         counters: ReceiverCounters,
+        links: LinkBook | None = None,
     ) -> None:
-        """`store` and `fingerprint` are this worker's own."""
+        """`store`, `fingerprint` and `links` are this worker's own; without links KV comes over gRPC alone."""
         self._book = book
         self._store = store
         self._fingerprint = fingerprint
         self._counters = counters
+        self._links = links if links is not None else LinkBook("", types.HostIdentity(), AUTO)
+        self._link: IncomingLink | None = None
+        """Where frames are references, whose memory they refer to."""
+        self._commit: pb.KvCommit | None = None
+        """Verified, and not yet confirmed."""
         self._digest = RunningDigest()
         self._reservation: Reservation | None = None
         self._attempt = 0
@@ -126,7 +137,8 @@ class IncomingTransfer:
     def begin(self, header: pb.KvHeader) -> pb.KvReady:
         """Accept a header, and say how its KV is to come.
 
-        Raises NotFoundError for a bad ticket and TransferRejectedError, naming the field, when the two sides differ.
+        Raises NotFoundError for a bad ticket and TransferRejectedError, naming the field, when the two sides differ;
+        LinkEndedError where all that is wrong is the link, and the attempt is not used up.
         """
         if self._reservation is not None:
             raise TransferRejectedError("header: a second one")
@@ -141,10 +153,13 @@ class IncomingTransfer:
         ):
             offered, wanted = range(header.token_start, header.token_stop), reservation.tokens
             problem = f"token range: sender offers {offered}, receiver needs {wanted}"
-        if problem is None and "grpc" not in header.transports:
-            problem = f"transports: sender offers {list(header.transports)}, receiver has ['grpc']"
-        if problem is not None:
+        transport = next((name for name in header.transports if name in self._links.allowed), None)
+        if problem is None and transport is None:
+            problem = f"transports: sender offers {list(header.transports)}, receiver has {list(self._links.allowed)}"
+        if problem is not None or transport is None:
             raise TransferRejectedError(problem)
+        if transport != GRPC:
+            self._link = self._links.find(header.link_id, transport)
         with reservation.lock:
             if header.attempt <= reservation.attempt:
                 raise TransferRejectedError(f"attempt: {header.attempt} is not above {reservation.attempt}")
@@ -153,10 +168,10 @@ class IncomingTransfer:
         self._store = self._store.encoded(encoding)
         self._coverage = Coverage(self._store.geometry, reservation.tokens, reservation.window_start)
         self._reservation = reservation
-        return pb.KvReady(transport="grpc", window_start=reservation.window_start)
+        return pb.KvReady(transport=transport, window_start=reservation.window_start)
 
     def write(self, frame: Frame) -> None:
-        """Verify a frame and copy its payload into the reserved blocks.
+        """Verify a frame, and copy its payload, or what it refers to, into the reserved blocks.
 
         Raises TransferRejectedError when anything is wrong with it, or when the attempt or the request is over.
         """
@@ -171,21 +186,25 @@ class IncomingTransfer:
             raise TransferRejectedError(f"frame {info.number}: {problem}")
         layers, tokens = rectangle.layers, rectangle.tokens
         expected = self._store.geometry.span_bytes(layers.start, layers.stop, len(tokens))
-        if len(frame.payload) != expected:
-            raise TransferRejectedError(f"frame.payload: {len(frame.payload)} bytes where {expected} must come")
-        if crc32c([frame.payload]) != info.crc32c:
-            raise TransferRejectedError(f"frame.crc32c: frame {info.number} was damaged on its way")
-        with reservation.lock:
-            self._check_current(reservation)
-            fill(self._store.landing(layers, reservation.blocks, tokens), frame.payload)
+        if self._link is not None:
+            self._copy(self._link, reservation, frame, rectangle)
+        else:
+            if frame.reference is not None:
+                raise TransferRejectedError("frame.reference: without a link that gives access to memory")
+            if len(frame.payload) != expected:
+                raise TransferRejectedError(f"frame.payload: {len(frame.payload)} bytes where {expected} must come")
+            self._check_crc(info, crc32c([frame.payload]))
+            with reservation.lock:
+                self._check_current(reservation)
+                fill(self._store.landing(layers, reservation.blocks, tokens), frame.payload)
         self._coverage.add(rectangle)
         self._digest.add(info)
         self._num_frames += 1
         self._payload_bytes += expected
         self._counters.kv_bytes_received += expected
 
-    def commit(self, commit: pb.KvCommit) -> pb.KvApplied:
-        """Verify the whole and hand the KV over to the engine. The ticket is used up.
+    def commit(self, commit: pb.KvCommit) -> pb.TransferResponse:
+        """Verify the whole, and hand it over to the engine, unless the sender must confirm it first.
 
         Raises TransferRejectedError when anything is missing or differs; the KV is then never used.
         """
@@ -199,6 +218,24 @@ class IncomingTransfer:
             raise TransferRejectedError(f"commit.first_token_id: {commit.first_token_id} is no token of the model")
         if commit.digest != self._digest.value(commit.first_token_id):
             raise TransferRejectedError("commit.digest: differs from what was received")
+        self._commit = commit
+        if self._link is None:
+            return self._apply(reservation, commit)
+        with reservation.lock:
+            self._check_current(reservation)
+        return pb.TransferResponse(copied=pb.KvCopied(num_frames=self._num_frames))
+
+    def confirm(self) -> pb.TransferResponse:
+        """The sender still holds what was copied: hand it over to the engine.
+
+        Raises TransferRejectedError when there is nothing to confirm, or the attempt or the request is over.
+        """
+        if self._reservation is None or self._link is None or self._commit is None:
+            raise TransferRejectedError("confirm: nothing was copied and committed")
+        return self._apply(self._reservation, self._commit)
+
+    def _apply(self, reservation: Reservation, commit: pb.KvCommit) -> pb.TransferResponse:
+        """The ticket is used up."""
         with reservation.lock:
             self._check_current(reservation)
             # Closed from here on: nothing may write to blocks that are being decoded on.
@@ -206,11 +243,38 @@ class IncomingTransfer:
         self._book.close(reservation)
         self._counters.transfers_applied += 1
         reservation.on_applied(commit.first_token_id)
-        return pb.KvApplied(num_frames=self._num_frames, payload_bytes=self._payload_bytes)
+        applied = pb.KvApplied(num_frames=self._num_frames, payload_bytes=self._payload_bytes)
+        return pb.TransferResponse(applied=applied)
+
+    def _copy(self, link: IncomingLink, reservation: Reservation, frame: Frame, rectangle: Rectangle) -> None:
+        """Copy what a frame refers to, and check what was copied."""
+        if frame.reference is None or frame.payload:
+            raise TransferRejectedError(f"frame.payload: where {link.chosen} was chosen a reference must come")
+        try:
+            theirs = referenced_blocks(frame.reference)
+        except WireError as error:
+            raise TransferRejectedError(f"frame.{error}") from error
+        layers, tokens = rectangle.layers, rectangle.tokens
+        needed = link.blocks_of(tokens)
+        if len(theirs) != needed:
+            raise TransferRejectedError(f"frame.reference: {len(theirs)} blocks where {needed} must come")
+        with reservation.lock:
+            self._check_current(reservation)
+            with link.pool() as pool:
+                found = pool.copy(layers, theirs, tokens, reservation.blocks)
+        # A device computes none.
+        if found is not None:
+            self._check_crc(frame.info, found)
+
+    def _check_crc(self, info: pb.FrameInfo, found: int) -> None:
+        if found != info.crc32c:
+            raise TransferRejectedError(f"frame.crc32c: frame {info.number} was damaged on its way")
 
     def _begun(self) -> Reservation:
         if self._reservation is None:
             raise TransferRejectedError("header: must come first")
+        if self._commit is not None and not self._reservation.closed:
+            raise TransferRejectedError("commit: nothing but its confirmation may follow")
         return self._reservation
 
     def _check_current(self, reservation: Reservation) -> None:

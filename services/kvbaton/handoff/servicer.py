@@ -7,6 +7,7 @@ import grpc
 
 from kvbaton.engine.errors import TransferRejectedError
 from kvbaton.handoff.codec import Frame, Message, WireError, decode_message
+from kvbaton.handoff.incoming_links import LinkEndedError
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, RequestEndedError
 from kvbaton.v1 import kv_transfer_pb2 as pb
 
@@ -48,7 +49,8 @@ class KvTransferServicer:
             if not isinstance(error, RequestEndedError):
                 self._counters.transfers_rejected += 1
                 logger.warning("KV transfer from %s rejected: %s", context.peer(), error)
-            await context.write(pb.TransferResponse(rejected=pb.KvRejected(reason=str(error))))
+            ended = isinstance(error, LinkEndedError)
+            await context.write(pb.TransferResponse(rejected=pb.KvRejected(reason=str(error), link_ended=ended)))
 
 
 def _apply(transfer: IncomingTransfer, message: Message | WireError) -> pb.TransferResponse | None:
@@ -59,7 +61,9 @@ def _apply(transfer: IncomingTransfer, message: Message | WireError) -> pb.Trans
         case pb.KvHeader():
             return pb.TransferResponse(ready=transfer.begin(message))
         case pb.KvCommit():
-            return pb.TransferResponse(applied=transfer.commit(message))
+            return transfer.commit(message)
+        case pb.KvConfirm():
+            return transfer.confirm()
         case WireError():
             raise TransferRejectedError(f"malformed message: {message}")
 
