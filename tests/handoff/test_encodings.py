@@ -3,11 +3,15 @@
 import pytest
 
 from kvbaton.engine.errors import TransferRejectedError
+from kvbaton.handoff.choice import AUTO
 from kvbaton.handoff.codec import Frame, RunningDigest
+from kvbaton.handoff.incoming_links import LinkBook
 from kvbaton.handoff.landing import fill
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, TicketBook
 from kvbaton.v1 import kv_transfer_pb2 as pb
+from kvbaton.v1 import types_pb2 as types
 from support.fakes import GEOMETRY, FakeStore, fingerprint, frame_info, header
+from support.links import FakeOpener, Memory
 
 OURS, THEIRS = [6, 3, 5], [0, 1, 2]
 TOKENS, LAYERS = range(2, 10), range(GEOMETRY.num_layers)
@@ -38,3 +42,14 @@ def test_what_is_encoded_may_come_from_another_dtype(encoding: str) -> None:
     fill(decoded.encoded(encoding).landing(LAYERS, OURS, TOKENS), payload)
     assert store.content(OURS, TOKENS) == decoded.content(OURS, TOKENS)
     assert store.content(OURS, TOKENS) != bytes(GEOMETRY.token_bytes * len(TOKENS))
+
+
+def test_what_is_encoded_comes_over_grpc_alone() -> None:
+    book = TicketBook()
+    reservation = book.open(OURS, TOKENS, 1000, list[int]().append)
+    links = LinkBook("", types.HostIdentity(), AUTO, [FakeOpener(Memory())])
+    assert links.allowed == ("shared_memory", "grpc")
+    transfer = IncomingTransfer(book, FakeStore(), fingerprint(), ReceiverCounters(), links)
+    with pytest.raises(TransferRejectedError, match=r"sender offers \['shared_memory'\], receiver has \['grpc'\]"):
+        transfer.begin(header(reservation.ticket, TOKENS, encoding="int8", transports=["shared_memory"]))
+    assert transfer.begin(header(reservation.ticket, TOKENS, encoding="int8")).transport == "grpc"

@@ -153,9 +153,11 @@ class IncomingTransfer:
         ):
             offered, wanted = range(header.token_start, header.token_stop), reservation.tokens
             problem = f"token range: sender offers {offered}, receiver needs {wanted}"
-        transport = next((name for name in header.transports if name in self._links.allowed), None)
+        # What lies in the sender's memory is not encoded.
+        allowed = [name for name in self._links.allowed if name == GRPC or not encoding]
+        transport = next((name for name in header.transports if name in allowed), None)
         if problem is None and transport is None:
-            problem = f"transports: sender offers {list(header.transports)}, receiver has {list(self._links.allowed)}"
+            problem = f"transports: sender offers {list(header.transports)}, receiver has {allowed}"
         if problem is not None or transport is None:
             raise TransferRejectedError(problem)
         if transport != GRPC:
