@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check format protos models cuda train bench-engine bench-chunks bench-handoff clean
+.PHONY: install demo test test-leaks fuzz check format protos models cuda train bench-engine bench-chunks bench-handoff clean
 
 install: $(INSTALLED)
 
@@ -13,11 +13,23 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve,dev]'
 	touch $@
 
+# Each target for FUZZ_SECONDS, by coverage; what was found before is in build/fuzz.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := codec receiver
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	for target in $(FUZZ_TARGETS); do PYTHONPATH=tests $(BIN)/python -m fuzz.run $$target $(FUZZ_SECONDS) || exit 1; done
+
 demo: $(INSTALLED)
 	$(BIN)/kvbaton demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m 'not cuda'
+	$(BIN)/python -m pytest -q -m 'not cuda and not leaks'
+
+# Ten thousand transfers by each transport: a minute or two.
+test-leaks: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m leaks
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

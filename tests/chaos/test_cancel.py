@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from collections.abc import Callable
 
 import pytest
 
@@ -10,20 +9,10 @@ from kvbaton.engine.errors import NotFoundError, TransferRejectedError
 from support import chaos, faults
 from support.chaos import TOKENS, Ends, settled
 from support.fakes import PATIENCE
-from support.fault_proxy import Edit, Passed, Passing
+from support.fault_proxy import Passed, Passing
 from support.http2_frames import grpc_message
 
 SEEDS = range(6)
-
-
-def calling(kind: str, number: int, action: Callable[[], object]) -> Edit:
-    """Do something before a message passes; those behind it do not overtake."""
-
-    def change(data: bytes) -> Passed:
-        action()
-        return Passed(grpc_message(data), delay=0.02)
-
-    return faults.at(kind, number, change)
 
 
 def place(rng: random.Random, num_frames: int) -> tuple[str, int]:
@@ -38,7 +27,7 @@ async def test_the_decode_request_ends_meanwhile(ends: Ends, seed: int) -> None:
     descriptors = chaos.num_descriptors()
     reservation = ends.reserve(TOKENS, rng)
     kind, number = place(rng, num_frames)
-    ends.proxy.strike(calling(kind, number, lambda: ends.book.close(reservation)))
+    ends.proxy.strike(faults.calling(kind, number, lambda: ends.book.close(reservation)))
     ended = NotFoundError if kind == "header" else TransferRejectedError
     with pytest.raises(ended, match="the request has ended|its request has ended"):
         await ends.send(reservation, ends.compute(TOKENS))
@@ -47,7 +36,7 @@ async def test_the_decode_request_ends_meanwhile(ends: Ends, seed: int) -> None:
     assert ends.received.transfers_rejected == 0, "nobody's fault"
     ends.proxy.spare()
     await ends.undisturbed(rng)
-    await settled(ends, descriptors)
+    await settled(ends.attempts, descriptors)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -57,13 +46,13 @@ async def test_the_prefill_request_is_cancelled(ends: Ends, seed: int) -> None:
     descriptors = chaos.num_descriptors()
     reservation = ends.reserve(TOKENS, rng)
     reached = asyncio.Event()
-    ends.proxy.strike(calling(*place(rng, num_frames), reached.set))
+    ends.proxy.strike(faults.calling(*place(rng, num_frames), reached.set))
     async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         sending = group.create_task(ends.send(reservation, ends.compute(TOKENS)))
         await reached.wait()
         sending.cancel()
     assert sending.cancelled()
-    await settled(ends, descriptors)
+    await settled(ends.attempts, descriptors)
     ends.proxy.spare()
     if ends.applied:
         # The last message had left: the receiver is right to go on, and whoever asked for it knows of the cancel.
@@ -72,7 +61,7 @@ async def test_the_prefill_request_is_cancelled(ends: Ends, seed: int) -> None:
     await ends.send(reservation, ends.compute(TOKENS), attempt=2)
     assert ends.arrived(reservation)
     assert ends.applied == [77]
-    await settled(ends, descriptors)
+    await settled(ends.attempts, descriptors)
 
 
 async def test_a_crowd_of_transfers_with_and_without_faults(ends: Ends) -> None:
@@ -102,4 +91,4 @@ async def test_a_crowd_of_transfers_with_and_without_faults(ends: Ends) -> None:
     assert len(ends.applied) == len(failed) - sum(failed)
     assert all(ends.arrived(reservation) or bad for reservation, bad in zip(reservations, failed, strict=True))
     assert len(ends.book) == sum(failed)
-    await settled(ends, descriptors)
+    await settled(ends.attempts, descriptors)

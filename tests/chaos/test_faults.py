@@ -56,7 +56,7 @@ async def test_a_fault_ends_in_its_error_and_leaves_nothing(
     if fault.frozen:
         # What is still on its way comes after all, to blocks that are somebody else's by now.
         ends.proxy.thaw()
-    await settled(ends, descriptors)
+    await settled(ends.attempts, descriptors)
     assert ends.arrived(reservation)
 
 
@@ -126,7 +126,7 @@ async def test_an_attempt_that_was_replaced_writes_nothing_more(ends: Ends, monk
         await ends.send(reservation, ends.compute(TOKENS), attempt=2)
     assert ends.applied == [77]
     assert ends.arrived(reservation)
-    await settled(ends, descriptors)
+    await settled(ends.attempts, descriptors)
     assert ends.arrived(reservation)
 
 

@@ -168,6 +168,7 @@ def test_an_empty_request_is_refused() -> None:
     ("data", "problem"),
     [
         (b"\x00\x00", "field number 0"),
+        (HEADER + varint(1 << 32) + b"\x00", "field number 536870912"),
         (b"\x0b", "wire type 3"),
         (b"\xff" * 11, "more than ten bytes"),
         (b"\x0d\x01\x02", "ends within a field"),

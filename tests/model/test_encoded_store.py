@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbaton.engine.geometry import DTYPE_BYTES, ENCODING_BYTES, KvGeometry, LayerGeometry
+from kvbaton.engine.kv_store import Reading
 from kvbaton.handoff.landing import fill
 from kvbaton.model.store import TorchKvStore
+from support.fakes import FakeStore
 
 CPU = torch.device("cpu")
 LAYERS = (LayerGeometry(2, 5, 3), LayerGeometry(1, 4, 7), LayerGeometry(3, 1, 2))
@@ -110,3 +112,49 @@ def test_no_encoding_is_the_store_itself() -> None:
 def test_an_unknown_encoding_is_refused() -> None:
     with pytest.raises(ValueError, match=r"encoding 'int4' is not one of \['bfloat16', 'float8', 'int8'\]"):
         store("float32", 2, 4).encoded("int4")
+
+
+class Device:
+    """A read that a device does by itself, in its own time."""
+
+    def __init__(self) -> None:
+        self.ready = False
+
+    def done(self) -> bool:
+        return self.ready
+
+    def wait(self) -> None:
+        self.ready = True
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_a_device_reads_is_encoded_when_it_is_there(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, device, released = store("float32", 4, 4), Device(), list[bool]()
+    encoded, tokens = made.encoded("int8"), range(1, 9)
+    expected = b"".join(encoded.read(SEVERAL, [1, 3, 2], tokens))
+    assert b"".join(encoded.read_ahead(SEVERAL, [1, 3, 2], tokens).parts) == expected
+    reading = Reading(made.read(SEVERAL, [1, 3, 2], tokens), device, lambda: released.append(device.ready))
+    monkeypatch.setattr(made, "read_ahead", lambda *_: reading)
+    ahead = encoded.read_ahead(SEVERAL, [1, 3, 2], tokens)
+    assert ahead.pending is not None
+    assert not ahead.pending.done()
+    if waits:
+        ahead.pending.wait()
+    else:
+        device.ready = True
+    assert ahead.pending.done()
+    assert b"".join(ahead.parts) == expected
+    assert released == [True]
+    ahead.release()
+
+
+def test_what_is_encoded_is_not_shared_and_waits_as_its_memory_does() -> None:
+    kept = FakeStore(KvGeometry(LAYERS, "float32"))
+    kept.still_landing = Device()
+    encoded = kept.encoded("int8")
+    assert encoded.shared is None
+    assert encoded.landed() is kept.still_landing
+    assert encoded.written(SEVERAL) is None
+    encoded.landings_follow_engine()
+    encoded.engine_follows_landings()
+    assert kept.fences == ["landings follow", "engine follows"]

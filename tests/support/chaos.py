@@ -5,7 +5,7 @@ import gc
 import os
 import random
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sized
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -31,10 +31,10 @@ def num_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def num_mappings() -> int:
-    """Mapped areas of this process's memory."""
+def mappings() -> list[str]:
+    """Lines that describe the areas of this process's memory."""
     with open("/proc/self/maps", encoding="ascii") as maps:
-        return sum(1 for _ in maps)
+        return list(maps)
 
 
 def resident_bytes() -> int:
@@ -120,26 +120,28 @@ class Ends:
 
 
 @asynccontextmanager
-async def ends(geometry: KvGeometry = GEOMETRY, num_blocks: int = 96) -> AsyncIterator[Ends]:
-    """Both ends, connected through a proxy that leaves everything as it is."""
+async def ends(geometry: KvGeometry = GEOMETRY, num_blocks: int = 96, *, direct: bool = False) -> AsyncIterator[Ends]:
+    """Both ends, connected through a proxy that leaves everything as it is, or directly."""
     async with fault_proxy() as proxy:
         made = Ends(proxy, geometry, num_blocks)
         servicer = KvTransferServicer(made.new_attempt, made.received)
         service = Registration(SERVICE_NAME, servicer.add_to)
         async with serving([service], "127.0.0.1", 0, grace_seconds=0) as server:
             proxy.upstream = server.address
+            if direct:
+                proxy.endpoint = server.address
             async with channel(proxy.endpoint) as made.channel:
                 yield made
 
 
-async def settled(made: Ends, descriptors: int) -> None:
-    """Wait until the receiver holds no attempt and the process has no more descriptors than before."""
+async def settled(held: Sized, descriptors: int) -> None:
+    """Wait until the receiver holds none of its attempts and the process has no more descriptors than before."""
     found: tuple[int, int] = (0, 0)
     try:
         async with asyncio.timeout(SETTLE_SECONDS):
             while True:
                 gc.collect()
-                found = (len(made.attempts), num_descriptors())
+                found = (len(held), num_descriptors())
                 if found[0] == 0 and found[1] <= descriptors:
                     return
                 await asyncio.sleep(0.02)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbaton.engine.core import Engine
 from kvbaton.engine.geometry import DTYPE_BYTES, KvGeometry, LayerGeometry
-from kvbaton.engine.kv_store import KvStore, Landing
+from kvbaton.engine.kv_store import KvStore, Landing, Pending, Reading, SharedMemory
 from kvbaton.engine.output import SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
 from kvbaton.engine.scheduler import Batch, Limits, Scheduler
@@ -65,6 +65,7 @@ class FakeStore:
 
     def __init__(self, geometry: KvGeometry = GEOMETRY, num_blocks: int = 32, block_size: int = BLOCK_SIZE) -> None:
         self.geometry = geometry
+        self.shared: SharedMemory | None = None
         self.block_size = block_size
         size = DTYPE_BYTES[geometry.dtype]
         # (width of a token's row, rows), K and V in turn
@@ -75,6 +76,10 @@ class FakeStore:
         self.before_write: Callable[[], None] = lambda: None
         """Called when a payload is about to be written, on the writer's thread."""
         self.writes: list[tuple[range, range]] = []
+        self.still_landing: Pending | None = None
+        """What a device has still to do before KV that has come is in its blocks."""
+        self.fences: list[str] = []
+        """Which of the engine and of what lands was told to follow the other."""
 
     def read(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
         return [
@@ -101,6 +106,21 @@ class FakeStore:
         from kvbaton.model.encoded_store import EncodedStore
 
         return EncodedStore(self, encoding) if encoding else self
+
+    def read_ahead(self, layers: range, blocks: Sequence[int], tokens: range) -> Reading:
+        return Reading(self.read(layers, blocks, tokens), None, lambda: None)
+
+    def written(self, layers: range) -> Pending | None:
+        return None
+
+    def landed(self) -> Pending | None:
+        return self.still_landing
+
+    def landings_follow_engine(self) -> None:
+        self.fences.append("landings follow")
+
+    def engine_follows_landings(self) -> None:
+        self.fences.append("engine follows")
 
     def fill(self, layer: int, blocks: Sequence[int], tokens: range) -> None:
         """Put fresh random KV there, as a forward pass would."""

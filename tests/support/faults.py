@@ -66,6 +66,16 @@ def at(kind: str, number: int, change: Callable[[bytes], Passed]) -> Edit:
     return edit
 
 
+def calling(kind: str, number: int, action: Callable[[], object]) -> Edit:
+    """Do something before a message passes; those behind it do not overtake."""
+
+    def change(data: bytes) -> Passed:
+        action()
+        return Passed(grpc_message(data), delay=0.02)
+
+    return at(kind, number, change)
+
+
 def _frame(change: Callable[[random.Random, bytes], Passed]) -> Callable[[random.Random, int], Edit]:
     """Strikes a random frame."""
     return lambda rng, num_frames: at("frame", rng.randrange(num_frames), lambda data: change(rng, data))

@@ -1,6 +1,7 @@
 """How large the KV pool is: what was asked for, or what the device has."""
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
+from kvbaton.model.cuda.runtime import CudaError
 from kvbaton.model.loader import LoadedModel, load_model
 from kvbaton.model.memory import Memory
 from kvbaton.worker import kv_memory
@@ -119,3 +121,27 @@ def test_a_pool_that_the_device_does_not_have_is_refused(loaded: LoadedModel, mo
         allocate(WorkerConfig(kv_memory="3GiB"), loaded, num_blocks)
     expected = "--kv-memory: the pool takes 3.00 GiB, and cpu has 2.00 GiB available of 8.00 GiB"
     assert str(caught.value) == expected
+
+
+def test_a_pool_to_be_shared(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert allocate(WorkerConfig(), loaded, 4, shared=True).shared is not None
+    assert allocate(WorkerConfig(), loaded, 4).shared is None
+    assert not caplog.records
+    monkeypatch.delattr(os, "memfd_create")
+    assert allocate(WorkerConfig(), loaded, 4, shared=True).shared is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "KV cannot be handed over by shared memory: this system has no memfd_create"
+    ]
+
+
+def test_a_device_that_refuses_the_pool_is_told_by_the_option(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise CudaError("cudaMalloc: out of memory (error 2)")
+
+    monkeypatch.setattr(kv_memory, "TorchKvStore", refuse)
+    with pytest.raises(StartupError, match=r"^--kv-memory: .* cannot be allocated on cpu: cudaMalloc: out of memory"):
+        allocate(WorkerConfig(), loaded, 3)

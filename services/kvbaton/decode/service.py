@@ -37,7 +37,7 @@ class DecodeSide:
     @asynccontextmanager
     async def open(self, runtime: WorkerRuntime, kv_thread: LoopThread) -> AsyncIterator[Registration]:
         """Offer the service, and KvTransferService beside it."""
-        config, book = self._config, TicketBook()
+        config, book = self._config, TicketBook(runtime.store.engine_follows_landings)
         receiver = KvTransferServicer(
             lambda: IncomingTransfer(book, runtime.store, runtime.model.fingerprint, self.counters), self.counters
         )

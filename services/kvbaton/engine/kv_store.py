@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbaton.engine.geometry import KvGeometry
+from kvbaton.engine.pool_layout import PoolLayout
 
 Buffer = bytes | bytearray | memoryview
 """Any contiguous bytes."""
@@ -17,7 +18,45 @@ class Landing:
     parts: Sequence[memoryview]
     """Writable; one after the other they take the payload."""
     finish: Callable[[], None]
-    """Call it when they are full: the payload is then in its blocks. Until then those may hold any part of it."""
+    """Call it when they are full: the payload is then in its blocks, once `KvStore.landed` is done.
+
+    Until then those may hold any part of it.
+    """
+
+
+class Pending(Protocol):
+    """Work that a device does by itself."""
+
+    def done(self) -> bool:
+        """Whether it is done. Raises RuntimeError when the device has failed."""
+        ...
+
+    def wait(self) -> None:
+        """Return when it is done; any thread may wait. Raises RuntimeError when the device has failed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A payload on its way out of the memory."""
+
+    parts: Sequence[memoryview]
+    """One after the other they are the payload, once `pending` is done."""
+    pending: Pending | None
+    """None: they hold it already."""
+    release: Callable[[], None]
+    """Call it when the parts are no longer needed: they may then be used for something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """A pool that other processes can map, and then read."""
+
+    layout: PoolLayout
+    descriptor: int
+    """Of the whole memory, read-only; the store's own, open as long as the store is there."""
+    probe: memoryview
+    """The layout's probe area, writable."""
 
 
 class KvStore(Protocol):
@@ -31,6 +70,11 @@ class KvStore(Protocol):
     @property
     def geometry(self) -> KvGeometry:
         """The shape of one token's KV."""
+        ...
+
+    @property
+    def shared(self) -> SharedMemory | None:
+        """How other processes can map this memory; None where they cannot."""
         ...
 
     def read(self, layers: range, blocks: Sequence[int], tokens: range) -> Sequence[memoryview]:
@@ -47,6 +91,32 @@ class KvStore(Protocol):
         """
         ...
 
+    def read_ahead(self, layers: range, blocks: Sequence[int], tokens: range) -> Reading:
+        """Begin a `read`, and do not wait for it: a device copies while what was read before is being sent."""
+        ...
+
+    def written(self, layers: range) -> Pending | None:
+        """Whether the KV of `layers` that the engine has reported is in the memory; None: it is."""
+        ...
+
     def landing(self, layers: range, blocks: Sequence[int], tokens: range) -> Landing:
         """Where to receive a payload. Nobody else may write those blocks, or read them, before it is finished."""
+        ...
+
+    def landed(self) -> Pending | None:
+        """Whether what was finished of landings so far, and copied from other pools, is in its blocks; None: it is."""
+        ...
+
+    def landings_follow_engine(self) -> None:
+        """A transfer begins: what lands from now on comes after what the engine has told a device so far.
+
+        Among that may be the last writes of a request that is no more to blocks that were its own.
+        """
+        ...
+
+    def engine_follows_landings(self) -> None:
+        """A reservation ends: what the engine tells a device from now on comes after what has landed. Any thread.
+
+        Nothing may land in the reservation's blocks any more.
+        """
         ...

@@ -19,6 +19,7 @@ from kvbaton.v1 import kv_transfer_pb2 as pb
 
 _LENGTH_DELIMITED = 2
 _VARINT, _FIXED64, _FIXED32 = 0, 1, 5
+_MAX_FIELD = (1 << 29) - 1
 
 _HEADER_FIELD = pb.TransferRequest.HEADER_FIELD_NUMBER
 _FRAME_FIELD = pb.TransferRequest.FRAME_FIELD_NUMBER
@@ -172,8 +173,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     while position < len(data):
         key, position = _read_varint(data, position)
         field, wire_type = key >> 3, key & 7
-        if field == 0:
-            raise WireError("field number 0")
+        if not 0 < field <= _MAX_FIELD:
+            raise WireError(f"field number {field}")
         if wire_type == _LENGTH_DELIMITED:
             length, position = _read_varint(data, position)
             if length > len(data) - position:

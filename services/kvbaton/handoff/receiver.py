@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvbaton.engine.errors import NotFoundError, TransferRejectedError
-from kvbaton.engine.kv_store import KvStore
+from kvbaton.engine.kv_store import KvStore, Pending
 from kvbaton.handoff import wire
 from kvbaton.handoff.choice import AUTO, GRPC
 from kvbaton.handoff.codec import Frame, RunningDigest, WireError, crc32c, referenced_blocks
@@ -66,7 +66,9 @@ class ReceiverCounters:
 class TicketBook:
     """All open reservations of a decode worker. Safe to use from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_closed: Callable[[], None] = lambda: None) -> None:
+        """`on_closed` is called when nothing lands in a reservation's blocks any more, before they are given away."""
+        self._on_closed = on_closed
         self._reservations: dict[bytes, Reservation] = {}
         self._lock = threading.Lock()
 
@@ -105,6 +107,7 @@ class TicketBook:
             self._reservations.pop(reservation.ticket, None)
         with reservation.lock:
             reservation.closed = True
+        self._on_closed()
 
 
 class IncomingTransfer:
@@ -170,6 +173,7 @@ class IncomingTransfer:
         self._store = self._store.encoded(encoding)
         self._coverage = Coverage(self._store.geometry, reservation.tokens, reservation.window_start)
         self._reservation = reservation
+        self._store.landings_follow_engine()
         return pb.KvReady(transport=transport, window_start=reservation.window_start)
 
     def write(self, frame: Frame) -> None:
@@ -204,6 +208,10 @@ class IncomingTransfer:
         self._num_frames += 1
         self._payload_bytes += expected
         self._counters.kv_bytes_received += expected
+
+    def landed(self) -> Pending | None:
+        """What must be done before `commit`: the last of the frames' copies on a device."""
+        return self._store.landed()
 
     def commit(self, commit: pb.KvCommit) -> pb.TransferResponse:
         """Verify the whole, and hand it over to the engine, unless the sender must confirm it first.

@@ -8,6 +8,7 @@ import grpc
 from kvbaton.engine.errors import TransferRejectedError
 from kvbaton.handoff.codec import Frame, Message, WireError, decode_message
 from kvbaton.handoff.incoming_links import LinkEndedError
+from kvbaton.handoff.pending import settled
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, RequestEndedError
 from kvbaton.v1 import kv_transfer_pb2 as pb
 
@@ -42,6 +43,8 @@ class KvTransferServicer:
         transfer = self._new_transfer()
         try:
             async for message in requests:
+                if isinstance(message, pb.KvCommit):
+                    await settled(transfer.landed())
                 answer = _apply(transfer, message)
                 if answer is not None:
                     await context.write(answer)

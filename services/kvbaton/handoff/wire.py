@@ -1,6 +1,8 @@
 """The protobuf faces of values that both ends of a transfer compare."""
 
 from kvbaton.engine.geometry import AS_IT_IS, ENCODING_BYTES, KvGeometry, LayerGeometry
+from kvbaton.engine.pool_layout import PoolLayout
+from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
 
@@ -62,6 +64,32 @@ def geometry_problem(ours: KvGeometry, theirs: types.KvGeometry, encoding: str =
     if groups != ours.groups():
         return f"geometry.layer_groups: sender has {groups}, receiver {ours.groups()}"
     return None
+
+
+def layout_to_proto(layout: PoolLayout) -> pb.PoolLayout:
+    """How our pool lies in memory."""
+    return pb.PoolLayout(
+        num_bytes=layout.num_bytes,
+        block_size=layout.block_size,
+        num_blocks=layout.num_blocks,
+        k_offsets=layout.k_offsets,
+        v_offsets=layout.v_offsets,
+        probe_offset=layout.probe_offset,
+        probe_bytes=layout.probe_bytes,
+    )
+
+
+def layout_from_proto(layout: pb.PoolLayout) -> PoolLayout:
+    """What a peer says of its pool: to be believed after `layout_problem` alone."""
+    return PoolLayout(
+        num_bytes=layout.num_bytes,
+        block_size=layout.block_size,
+        num_blocks=layout.num_blocks,
+        k_offsets=tuple(layout.k_offsets),
+        v_offsets=tuple(layout.v_offsets),
+        probe_offset=layout.probe_offset,
+        probe_bytes=layout.probe_bytes,
+    )
 
 
 def _shown(value: str) -> str:

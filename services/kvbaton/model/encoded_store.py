@@ -4,14 +4,14 @@ The conversion is the host's, whatever device the KV lies on: what goes over a w
 one core converts several times as fast as a wire carries.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from kvbaton.engine.geometry import DTYPE_BYTES, ENCODING_BYTES, SCALE_BYTES, SCALED, KvGeometry
-from kvbaton.engine.kv_store import KvStore, Landing
+from kvbaton.engine.kv_store import KvStore, Landing, Pending, Reading, SharedMemory
 from kvbaton.model.cpu import encoding_kernels as kernels
 
 _ENCODE = {"int8": kernels.encode_int8, "float8": kernels.encode_float8}
@@ -45,6 +45,11 @@ class EncodedStore:
         """That of the memory, with the sizes of what travels."""
         return self._geometry
 
+    @property
+    def shared(self) -> SharedMemory | None:
+        """None: what others can map is not encoded."""
+        return None
+
     def encoded(self, encoding: str) -> KvStore:
         """See `KvStore.encoded`: of the same memory."""
         return self._store.encoded(encoding)
@@ -54,10 +59,40 @@ class EncodedStore:
         if self._as_it_is:
             return self._store.read(layers, blocks, tokens)
         sections = self._staging(layers, len(tokens))
-        kept = self._store.read(layers, blocks, tokens)
-        for (codes, scales), row, rows in self._runs(sections, kept):
-            self._encode(rows, codes[row : row + len(rows)], scales[row : row + len(rows)])
+        self._encode_all(sections, self._store.read(layers, blocks, tokens))
         return _parts(sections)
+
+    def read_ahead(self, layers: range, blocks: Sequence[int], tokens: range) -> Reading:
+        """See `KvStore.read_ahead`. What a device has read is encoded when it is waited for."""
+        reading = self._store.read_ahead(layers, blocks, tokens)
+        if self._as_it_is:
+            return reading
+        sections = self._staging(layers, len(tokens))
+
+        def encode() -> None:
+            self._encode_all(sections, reading.parts)
+            reading.release()
+
+        pending = None if reading.pending is None else _Then(reading.pending, encode)
+        if pending is None:
+            encode()
+        return Reading(_parts(sections), pending, _nothing)
+
+    def written(self, layers: range) -> Pending | None:
+        """See `KvStore.written`."""
+        return self._store.written(layers)
+
+    def landed(self) -> Pending | None:
+        """See `KvStore.landed`."""
+        return self._store.landed()
+
+    def landings_follow_engine(self) -> None:
+        """See `KvStore.landings_follow_engine`."""
+        self._store.landings_follow_engine()
+
+    def engine_follows_landings(self) -> None:
+        """See `KvStore.engine_follows_landings`."""
+        self._store.engine_follows_landings()
 
     def landing(self, layers: range, blocks: Sequence[int], tokens: range) -> Landing:
         """See `KvStore.landing`: a buffer for the payload, which is decoded into its blocks to finish."""
@@ -72,6 +107,10 @@ class EncodedStore:
             landing.finish()
 
         return Landing(_parts(sections), finish)
+
+    def _encode_all(self, sections: Sequence[tuple[Array, Array]], kept: Sequence[memoryview]) -> None:
+        for (codes, scales), row, rows in self._runs(sections, kept):
+            self._encode(rows, codes[row : row + len(rows)], scales[row : row + len(rows)])
 
     def _encode(self, rows: Array, codes: Array, scales: Array) -> None:
         if self._encoding in SCALED:
@@ -120,6 +159,32 @@ class EncodedStore:
                 taken = min(len(part), (num_rows - row) * width)
                 yield section, row, np.frombuffer(part[:taken], self._elements).reshape(-1, dim)
                 row, part = row + taken // width, part[taken:]
+
+
+class _Then:
+    """A `Pending` with something left to do once a device is done; one thread at a time asks."""
+
+    def __init__(self, pending: Pending, last: Callable[[], None]) -> None:
+        self._pending = pending
+        self._last: Callable[[], None] | None = last
+
+    def done(self) -> bool:
+        """See `Pending`."""
+        if not self._pending.done():
+            return False
+        self.wait()
+        return True
+
+    def wait(self) -> None:
+        """See `Pending`."""
+        self._pending.wait()
+        if self._last is not None:
+            self._last()
+            self._last = None
+
+
+def _nothing() -> None:
+    """What is left to do with memory that nobody else waits for."""
 
 
 def _parts(sections: Sequence[tuple[Array, Array]]) -> list[memoryview]:

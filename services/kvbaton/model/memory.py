@@ -21,6 +21,8 @@ class Memory:
 def memory_of(device: torch.device) -> Memory:
     """What `device` has now; for a CPU, the host's."""
     if device.type == "cuda":
+        # What torch keeps of what was freed is to be had, by others than torch too.
+        torch.cuda.empty_cache()
         available, total = torch.cuda.mem_get_info(device)
         return Memory(total, available)
     return host_memory()

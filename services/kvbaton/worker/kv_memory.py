@@ -7,7 +7,7 @@ from kvbaton.engine.geometry import KvGeometry
 from kvbaton.model.cuda.kernel import PAGE_MULTIPLE
 from kvbaton.model.loader import LoadedModel
 from kvbaton.model.memory import Memory, check_fits, memory_of, readable
-from kvbaton.model.store import TorchKvStore
+from kvbaton.model.store import PROBE_BYTES, TorchKvStore
 from kvbaton.rpc.config import parse_size
 from kvbaton.worker.config import WorkerConfig
 
@@ -90,12 +90,19 @@ def blocks_in(size: int, geometry: KvGeometry, block_size: int) -> int:
     return min(num_blocks, MAX_BLOCKS)
 
 
-def allocate(config: WorkerConfig, loaded: LoadedModel, num_blocks: int) -> TorchKvStore:
-    """The pool's memory. Raises StartupError when the device does not have that much."""
+def allocate(config: WorkerConfig, loaded: LoadedModel, num_blocks: int, *, shared: bool = False) -> TorchKvStore:
+    """The pool's memory, for other processes to map if it is to be `shared` and that is possible; if not, a warning.
+
+    Raises StartupError when the device does not have that much.
+    """
     block_size = block_size_of(config)
-    size = num_blocks * block_size * loaded.geometry.token_bytes
+    size = num_blocks * block_size * loaded.geometry.token_bytes + (PROBE_BYTES if shared else 0)
+    # Shared memory is no file's cache to the kernel: what is written of it is not counted as available either.
     check_fits("--kv-memory: the pool takes", size, memory_of(loaded.device), loaded.device)
     try:
-        return TorchKvStore(loaded.geometry, num_blocks, block_size, loaded.device)
+        store = TorchKvStore(loaded.geometry, num_blocks, block_size, loaded.device, shared=shared)
     except RuntimeError as error:
-        raise StartupError(f"--kv-memory: {readable(size)} cannot be allocated on {config.device}") from error
+        raise StartupError(f"--kv-memory: {readable(size)} cannot be allocated on {config.device}: {error}") from error
+    if shared and loaded.device.type == "cpu" and store.shared is None:
+        logger.warning("KV cannot be handed over by shared memory: %s", store.memory.obstacle)
+    return store

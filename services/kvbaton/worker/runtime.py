@@ -65,7 +65,8 @@ def build_runtime(
     path = resolve_model(config.model)
     loaded = load_model(path, config.dtype, config.device, config.trust_remote_code)
     num_blocks = num_blocks_for(config, loaded)
-    store = allocate(config, loaded, num_blocks)
+    # Whoever reports layers hands them over, perhaps to a process beside it.
+    store = allocate(config, loaded, num_blocks, shared=on_layer is not None)
     pool, window = BlockPool(num_blocks, store.block_size), loaded.geometry.window
     scheduler = Scheduler(pool, limits, loaded.eos_token_ids, loaded.max_model_len, window)
     engine = Engine(scheduler, ModelRunner(loaded, store, on_layer))

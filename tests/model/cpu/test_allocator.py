@@ -2,7 +2,9 @@
 
 import ctypes
 import gc
+import mmap
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +45,25 @@ def test_memory_goes_with_its_last_tensor() -> None:
     del second, pages
     gc.collect()
     assert storage() is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the kernel tells nothing about mappings")
+def test_memory_is_the_process_s_own() -> None:
+    """What is mapped as shared counts as a file in memory, for which most kernels have no large pages."""
+    tensor = LargePages().empty((64 << 20,), torch.uint8)
+    address = tensor.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, access = line.split()[:2]
+        start, stop = (int(part, 16) for part in span.split("-"))
+        if start <= address < stop:
+            assert access == "rw-p"
+            return
+    pytest.fail("not mapped")
+
+
+def test_a_kernel_without_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345, raising=False)
+    LargePages().empty((64 << 20,), torch.uint8)
 
 
 def test_more_than_there_is() -> None:

@@ -1,5 +1,6 @@
 """Where memory comes from: what a step uses and frees again, and what stays, weights and KV."""
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -45,10 +46,10 @@ class LargePages:
         num_bytes = math.prod(shape) * dtype.itemsize
         with self._lock:
             if num_bytes > _CHUNK:
-                part = _mapped(num_bytes)
+                part = mapped(num_bytes)
             else:
                 if num_bytes > len(self._chunk):
-                    self._chunk = _mapped(_CHUNK)
+                    self._chunk = mapped(_CHUNK)
                 part, self._chunk = self._chunk[:num_bytes], self._chunk[-(-num_bytes // _LINE) * _LINE :]
         return part.view(dtype).view(shape)
 
@@ -57,13 +58,23 @@ class LargePages:
         return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
-def _mapped(num_bytes: int) -> torch.Tensor:
+def mapped(num_bytes: int, descriptor: int | None = None) -> torch.Tensor:
+    """New memory, or a file's, shared with whoever maps it too: [num_bytes], uint8.
+
+    The kernel gives pages of 2 MiB where it has any: for new memory by transparent_hugepage/enabled, for a file in
+    memory by transparent_hugepage/shmem_enabled, which is often "never". Raises RuntimeError when there is not so much.
+    """
     try:
-        memory = mmap.mmap(-1, num_bytes)
+        if descriptor is None:
+            memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            memory = mmap.mmap(descriptor, num_bytes)
     except OSError as error:
         raise RuntimeError(f"{num_bytes} bytes of memory cannot be had: {error}") from error
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is not None:
-        memory.madvise(advice)
+        # A kernel may be built without them.
+        with contextlib.suppress(OSError):
+            memory.madvise(advice)
     # The tensor keeps the mapping.
     return torch.frombuffer(memory, dtype=torch.uint8)
