@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch
 
 from kvbaton.engine.geometry import KvGeometry
-from kvbaton.engine.kv_store import Landing, Pending, Reading, SharedMemory
+from kvbaton.engine.kv_store import KvStore, Landing, Pending, Reading, SharedMemory
 from kvbaton.engine.pool_layout import lay_out
 from kvbaton.engine.runs import slot_runs
 from kvbaton.model.cuda.copies import DevicePool, DeviceStream, KvCopies
+from kvbaton.model.encoded_store import EncodedStore
 from kvbaton.model.pool_memory import pool_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -80,6 +81,10 @@ class TorchKvStore:
         """Engine's thread: `put` was called for KV of `layer` that is to be read; another thread's `read` awaits it."""
         if self._copies is not None:
             self._copies.mark_written(layer)
+
+    def encoded(self, encoding: str) -> KvStore:
+        """See `KvStore.encoded`."""
+        return EncodedStore(self, encoding) if encoding else self
 
     def read(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
         """See `KvStore.read`. Waits for a device's copy to the host."""
