@@ -5,12 +5,12 @@ from typing import Any
 SECTION = """\
 ## KV that is converted on its way
 
-`{command}`, {date}, commit {commit}: {processor}. What `--kv-encoding` saves and costs: bytes of KV per token of the
-prompt, and the absolute difference Δ between an answer's log-probabilities on KV that was converted and on KV that was not,
-teacher-forced: {num_prompts} prompts of {num_tokens} tokens, and of each answer the {num_forced} tokens after the
-first, which the prefill worker samples. *baton-tiny* reads stories like those it was trained on, answers are its own at
-temperature 1; *30m* has random weights. Conversion is of one core, in GB of KV in memory a second, with its blocks
-gathered and a payload allocated.
+`{command}`, {date}, commit {commit}: {processor}. What `--kv-encoding` saves and costs: bytes of KV per token of
+the prompt, and the absolute difference Δ between an answer's log-probabilities on KV that was converted and on KV that
+was not, teacher-forced: {num_prompts} prompts of {num_tokens} tokens, and of each answer the {num_forced} tokens after
+the first, which the prefill worker samples. *baton-tiny* reads stories like those it was trained on, answers are its
+own at temperature 1; *30m* has random weights. Conversion is of one core, in GB of KV in memory a second, with its
+blocks gathered and a payload allocated.
 
 {table}
 
