@@ -1,4 +1,4 @@
-"""Any gRPC client may send KV: what it writes, in any encoding that protobuf knows, arrives as our own sender's does.
+"""Any gRPC client may send KV: in any encoding that protobuf knows, it arrives as our own sender's does."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
