@@ -26,13 +26,14 @@ from pathlib import Path
 import torch
 
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
-from kvbaton.engine.kv_store import Reading
+from kvbaton.engine.kv_store import Pending, Reading
 from kvbaton.engine.runs import slot_runs
 from kvbaton.handoff.frames import FramePlanner, Rectangle
+from kvbaton.handoff.sharing import ForeignPool
 from kvbaton.model.cuda.kernel import PAGE_MULTIPLE
 from kvbaton.model.store import TorchKvStore
 from kvbaton.v1 import kv_transfer_pb2 as pb
-from kvbaton.worker.cuda_sharing import CudaForeignPool, cuda_pool_opener, cuda_shared_pool
+from kvbaton.worker.cuda_sharing import cuda_pool_opener, cuda_shared_pool
 
 GEOMETRY = KvGeometry((LayerGeometry(8, 128, 128),) * 28, "bfloat16")
 PATIENCE = 120.0
@@ -116,14 +117,8 @@ def export(connection: Connection, num_blocks: int) -> None:
 class Device:
     """Two pools of this process, of the same contents as the other process's, and that one, mapped."""
 
-    def __init__(self, num_blocks: int, hello: pb.LinkHello) -> None:
-        self.source, self.target = make_store(num_blocks, seed=1), make_store(num_blocks, seed=None)
-        opener = cuda_pool_opener(self.target, "importer")
-        assert opener is not None
-        obstacle = opener.obstacle(hello)
-        if obstacle:
-            raise SystemExit(f"CUDA IPC is not to be had here: {obstacle}")
-        self.foreign: CudaForeignPool = opener.open(hello, bytes(16))
+    def __init__(self, source: TorchKvStore, target: TorchKvStore, foreign: ForeignPool) -> None:
+        self.source, self.target, self.foreign = source, target, foreign
 
     def by_ipc(self, load: Load) -> None:
         """As a receiver does it, frame by frame, and until it may answer."""
@@ -155,8 +150,7 @@ class Device:
             if number < len(frames):
                 ahead = self.source.read_ahead(frames[number].layers, load.source, frames[number].tokens)
             if reading is not None:
-                assert reading.pending is not None
-                reading.pending.wait()
+                _wait(reading.pending)
                 reading.release()
 
     def from_host(self, load: Load) -> None:
@@ -167,9 +161,7 @@ class Device:
 
     def settle(self) -> None:
         """Until what was copied is in the target."""
-        pending = self.target.landed()
-        assert pending is not None
-        pending.wait()
+        _wait(self.target.landed())
 
     def same(self, load: Load) -> bool:
         """Whether the KV is in the target; it is wiped."""
@@ -189,6 +181,15 @@ class Device:
             (source,) = slot_runs(load.source, tokens, PAGE_MULTIPLE)
             (target,) = slot_runs(load.target, tokens, PAGE_MULTIPLE)
             yield source.start, target.start, len(source)
+
+
+def open_pool(target: TorchKvStore, hello: pb.LinkHello) -> ForeignPool:
+    """The other process's pool. Ends this process with a reason where it cannot be mapped."""
+    opener = cuda_pool_opener(target, "importer")
+    obstacle = "there is no CUDA runtime" if opener is None else opener.obstacle(hello)
+    if opener is None or obstacle:
+        raise SystemExit(f"CUDA IPC is not to be had here: {obstacle}")
+    return opener.open(hello, bytes(16))
 
 
 class Pinned:
@@ -239,6 +240,11 @@ def measure(device: Device, pinned: Pinned, load: Load, rounds: int) -> Iterator
     yield Row(load.case, "CUDA IPC", "of device to device", share, "", [])
 
 
+def _wait(pending: Pending | None) -> None:
+    if pending is not None:
+        pending.wait()
+
+
 def _blocks(blocks: Sequence[int], tokens: range) -> Sequence[int]:
     """Those that hold `tokens`."""
     return blocks[tokens.start // PAGE_MULTIPLE : -(-tokens.stop // PAGE_MULTIPLE)]
@@ -267,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     there.close()
     if not here.poll(PATIENCE):
         raise SystemExit("the exporting process does not answer")
-    device = Device(num_blocks, pb.LinkHello.FromString(here.recv()))
+    source, target = make_store(num_blocks, seed=1), make_store(num_blocks, seed=None)
+    device = Device(source, target, open_pool(target, pb.LinkHello.FromString(here.recv())))
     pinned = Pinned(max(arguments.mib) << 20)
     rows: list[Row] = []
     for load in loads(arguments.mib, num_blocks):

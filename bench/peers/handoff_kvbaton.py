@@ -38,7 +38,8 @@ class Side:
         self.side = side
         layer = LayerGeometry(handoff_load.KV_HEADS, handoff_load.HEAD_DIM, handoff_load.HEAD_DIM)
         geometry = KvGeometry((layer,) * handoff_load.LAYERS, "bfloat16")
-        self.store = TorchKvStore(geometry, num_blocks, handoff_load.BLOCK_SIZE, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        self.store = TorchKvStore(geometry, num_blocks, handoff_load.BLOCK_SIZE, cpu, shared=side == "from")
         everything = Load("", num_blocks * handoff_load.BLOCK_SIZE, 1, False, num_blocks, 0)
         content = handoff_load.pattern(everything.num_bytes, seed=1) if side == "from" else bytes(everything.num_bytes)
         start = 0

@@ -158,11 +158,16 @@ class KvSender:
         host: types.HostIdentity,
         counters: SenderCounters,
     ) -> None:
-        """`fingerprint` and `host` are this worker's own."""
+        """`fingerprint` and `host` are this worker's own; `store` is encoded as its payloads shall be."""
         self._store = store
         self._fingerprint = fingerprint
         self._host = host
         self._counters = counters
+
+    @property
+    def geometry(self) -> KvGeometry:
+        """That of what travels."""
+        return self._store.geometry
 
     async def send(
         self, channel: grpc.aio.Channel, target: Target, outgoing: OutgoingTransfer, timeout: float | None
@@ -287,6 +292,7 @@ class KvSender:
             token_stop=target.tokens.stop,
             transports=["grpc"],
             host=self._host,
+            encoding=self._store.geometry.encoding,
         )
 
 
