@@ -22,6 +22,7 @@ from kvbaton.handoff import wire
 from kvbaton.handoff.clock import wall_ns
 from kvbaton.handoff.codec import RunningDigest, crc32c, encode_frame, encode_message
 from kvbaton.handoff.frames import FramePlanner, Rectangle
+from kvbaton.handoff.reading_ahead import ReadingAhead
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
@@ -141,6 +142,11 @@ class OutgoingTransfer:
                     return None
             await self._changed.wait()
 
+    def next_ready(self) -> Rectangle | None:
+        """Sender's loop: the next rectangle, if it is worth a frame now."""
+        with self._lock:
+            return self._planner.next()
+
     def _wake(self) -> None:
         # One wake-up is enough for any number of layers; each costs a system call.
         if self._loop is not None and not self._wake_pending:
@@ -235,9 +241,10 @@ class KvSender:
         outgoing: OutgoingTransfer,
     ) -> None:
         digest, report = RunningDigest(), outgoing.report
-        while (rectangle := await outgoing.next()) is not None:
+        payloads = ReadingAhead(self._store, outgoing)
+        while (payload := await payloads.next()) is not None:
+            rectangle, parts = payload
             layers, tokens = rectangle.layers, rectangle.tokens
-            parts = self._store.read(layers, outgoing.blocks, tokens)
             info = pb.FrameInfo(
                 number=report.frames,
                 attempt=target.attempt,
