@@ -5,9 +5,11 @@ encoding makes of it; and no other slot is touched.
 import numpy as np
 import pytest
 import torch
+from crc32c import crc32c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvbaton.engine.errors import UnavailableError
 from kvbaton.engine.geometry import DTYPE_BYTES, ENCODING_BYTES, KvGeometry, LayerGeometry
 from kvbaton.engine.kv_store import Reading
 from kvbaton.handoff.landing import fill
@@ -158,3 +160,16 @@ def test_what_is_encoded_is_not_shared_and_waits_as_its_memory_does() -> None:
     encoded.landings_follow_engine()
     encoded.engine_follows_landings()
     assert kept.fences == ["landings follow", "engine follows"]
+
+
+@pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
+def test_a_checksum_is_that_of_the_encoded_payload(encoding: str) -> None:
+    geometry = KvGeometry((LayerGeometry(2, 3, 2),), "bfloat16")
+    memory = TorchKvStore(geometry, 3, 4, torch.device("cpu"))
+    for tensor in [*memory.keys, *memory.values]:
+        tensor.copy_(torch.randn(tensor.shape))
+    store = memory.encoded(encoding)
+    payload = b"".join(store.read(range(1), [2, 0], range(1, 7)))
+    assert store.checksum(range(1), [2, 0], range(1, 7)) == crc32c(payload)
+    with pytest.raises(UnavailableError, match="encoded on its way"):
+        store.map_foreign(-1, memory.layout)

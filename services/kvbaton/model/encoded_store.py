@@ -9,9 +9,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from crc32c import crc32c
 
+from kvbaton.engine.errors import UnavailableError
 from kvbaton.engine.geometry import DTYPE_BYTES, ENCODING_BYTES, SCALE_BYTES, SCALED, KvGeometry
-from kvbaton.engine.kv_store import KvStore, Landing, Pending, Reading, SharedMemory
+from kvbaton.engine.kv_store import ForeignPool, KvStore, Landing, Pending, Reading, SharedMemory
+from kvbaton.engine.pool_layout import PoolLayout
 from kvbaton.model.cpu import encoding_kernels as kernels
 
 _ENCODE = {"int8": kernels.encode_int8, "float8": kernels.encode_float8}
@@ -61,6 +64,19 @@ class EncodedStore:
         sections = self._staging(layers, len(tokens))
         self._encode_all(sections, self._store.read(layers, blocks, tokens))
         return _parts(sections)
+
+    def checksum(self, layers: range, blocks: Sequence[int], tokens: range) -> int:
+        """See `KvStore.checksum`. Encodes: whoever has the payload's parts had better take theirs."""
+        if self._as_it_is:
+            return self._store.checksum(layers, blocks, tokens)
+        value = 0
+        for part in self.read(layers, blocks, tokens):
+            value = crc32c(part, value)
+        return value
+
+    def map_foreign(self, descriptor: int, layout: PoolLayout) -> ForeignPool:
+        """Always raises UnavailableError: what others can map is not encoded."""
+        raise UnavailableError(f"KV is encoded on its way ({self._encoding}), and never in memory")
 
     def read_ahead(self, layers: range, blocks: Sequence[int], tokens: range) -> Reading:
         """See `KvStore.read_ahead`. What a device has read is encoded when it is waited for."""

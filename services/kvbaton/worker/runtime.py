@@ -67,6 +67,7 @@ def build_runtime(
     num_blocks = num_blocks_for(config, loaded)
     # Whoever reports layers hands them over, perhaps to a process beside it.
     store = allocate(config, loaded, num_blocks, shared=on_layer is not None)
+    store.warm_up()
     pool, window = BlockPool(num_blocks, store.block_size), loaded.geometry.window
     scheduler = Scheduler(pool, limits, loaded.eos_token_ids, loaded.max_model_len, window)
     engine = Engine(scheduler, ModelRunner(loaded, store, on_layer))
