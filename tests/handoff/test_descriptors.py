@@ -1,4 +1,4 @@
-"""A descriptor reaches the link that expects it; whoever brings anything else is hung up on, and nothing is left open."""
+"""A descriptor reaches the link that expects it; who brings anything else is hung up on, and nothing is left open."""
 
 import asyncio
 import gc

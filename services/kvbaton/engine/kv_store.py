@@ -121,6 +121,13 @@ class KvStore(Protocol):
         """
         ...
 
+    def encoded(self, encoding: str) -> "KvStore":
+        """The same memory, whose payloads are as `encoding` has them; itself for none.
+
+        Raises ValueError for an unknown encoding.
+        """
+        ...
+
     def read_ahead(self, layers: range, blocks: Sequence[int], tokens: range) -> Reading:
         """Begin a `read`, and do not wait for it: a device copies while what was read before is being sent."""
         ...

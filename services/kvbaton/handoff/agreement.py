@@ -5,14 +5,14 @@ import contextlib
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
 from kvbaton.engine.errors import KvbatonError, UnavailableError
 from kvbaton.engine.kv_store import Buffer
-from kvbaton.handoff.choice import GRPC, Choice, allowed, candidates, chosen, refusal
+from kvbaton.handoff.choice import AUTO, GRPC, Choice, LeftOut, allowed, candidates, chosen, refusal
 from kvbaton.handoff.codec import crc32c
 from kvbaton.handoff.http2.calls import StreamEndedError
 from kvbaton.handoff.sharing import SharedPool
@@ -64,6 +64,8 @@ class LinkOffer:
     """`--transport`."""
     pools: Sequence[SharedPool] = ()
     """The reference transports that its memory makes possible."""
+    left_out: Sequence[LeftOut] = ()
+    """Transports that would be possible, and are not offered to anybody."""
     _probing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -85,6 +87,8 @@ class LinkOffer:
         welcome = (await conversation.ask(greeting, "welcome")).welcome
         obstacles = _obstacles(hello, welcome)
         tried = candidates(hello.transports, self.host, welcome.host, obstacles)
+        if self.setting == AUTO:
+            tried = replace(tried, left_out=(*tried.left_out, *self.left_out))
         failures: dict[str, str] = {}
         for transport in tried.order:
             try:

@@ -14,18 +14,18 @@ from dataclasses import dataclass
 
 from kvbaton.engine.errors import TransferRejectedError
 from kvbaton.engine.geometry import KvGeometry
-from kvbaton.engine.kv_store import Buffer, KvStore
+from kvbaton.engine.kv_store import KvStore
 from kvbaton.handoff import wire
 from kvbaton.handoff.agreement import BY_GRPC, Agreement
 from kvbaton.handoff.choice import CUDA_IPC, GRPC, Choice
 from kvbaton.handoff.clock import wall_ns
-from kvbaton.handoff.codec import RunningDigest, crc32c, encode_frame_start, encode_message, encode_reference
+from kvbaton.handoff.codec import RunningDigest, encode_message
 from kvbaton.handoff.conversation import Conversation
 from kvbaton.handoff.frames import REFERENCE_FRAME_BYTES, FramePlanner, Rectangle
 from kvbaton.handoff.http2.calls import StreamEndedError
 from kvbaton.handoff.http2.client import Connection
 from kvbaton.handoff.incoming_links import LinkEndedError
-from kvbaton.handoff.pending import settled
+from kvbaton.handoff.pieces import Payloads, Pieces, References
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
@@ -142,6 +142,11 @@ class OutgoingTransfer:
                     return None
             await self._changed.wait()
 
+    def next_ready(self) -> Rectangle | None:
+        """Sender's loop: the next rectangle, if it is worth a frame now."""
+        with self._lock:
+            return self._planner.next()
+
     def _wake(self) -> None:
         # One wake-up is enough for any number of layers; each costs a system call.
         if self._loop is not None and not self._wake_pending:
@@ -159,11 +164,16 @@ class KvSender:
         host: types.HostIdentity,
         counters: SenderCounters,
     ) -> None:
-        """`fingerprint` and `host` are this worker's own."""
+        """`fingerprint` and `host` are this worker's own; `store` is encoded as its payloads shall be."""
         self._store = store
         self._fingerprint = fingerprint
         self._host = host
         self._counters = counters
+
+    @property
+    def geometry(self) -> KvGeometry:
+        """That of what travels."""
+        return self._store.geometry
 
     async def send(
         self,
@@ -222,18 +232,24 @@ class KvSender:
 
     async def _frames(self, conversation: Conversation, target: Target, outgoing: OutgoingTransfer) -> None:
         digest, report = RunningDigest(), outgoing.report
-        while (rectangle := await outgoing.next()) is not None:
-            if report.choice.transport != GRPC:
-                await settled(self._store.written(rectangle.layers))
-            info, message = self._frame(target, outgoing, rectangle)
+        pieces = self._pieces(outgoing)
+        while (piece := await pieces.next()) is not None:
+            layers, tokens = piece.rectangle.layers, piece.rectangle.tokens
+            info = pb.FrameInfo(
+                number=report.frames,
+                attempt=target.attempt,
+                layer_start=layers.start,
+                layer_stop=layers.stop,
+                token_start=tokens.start,
+                token_stop=tokens.stop,
+                crc32c=piece.crc32c,
+            )
             digest.add(info)
             report.first_frame_ns = report.first_frame_ns or wall_ns()
-            await conversation.say(message)
-            layers, tokens = rectangle.layers, rectangle.tokens
-            size = self._store.geometry.span_bytes(layers.start, layers.stop, len(tokens))
+            await conversation.say(piece.message(info))
             report.frames += 1
-            report.payload_bytes += size
-            self._counters.kv_bytes_sent += size
+            report.payload_bytes += piece.num_bytes
+            self._counters.kv_bytes_sent += piece.num_bytes
         assert outgoing.first_token_id is not None
         commit = pb.KvCommit(
             first_token_id=outgoing.first_token_id,
@@ -243,32 +259,11 @@ class KvSender:
         )
         await conversation.say([encode_message(commit)], last=report.choice.transport == GRPC)
 
-    def _frame(
-        self, target: Target, outgoing: OutgoingTransfer, rectangle: Rectangle
-    ) -> tuple[pb.FrameInfo, Sequence[Buffer]]:
-        """The next frame: what identifies it, and its message."""
-        layers, tokens, transport = rectangle.layers, rectangle.tokens, outgoing.report.choice.transport
-        info = pb.FrameInfo(
-            number=outgoing.report.frames,
-            attempt=target.attempt,
-            layer_start=layers.start,
-            layer_stop=layers.stop,
-            token_start=tokens.start,
-            token_stop=tokens.stop,
-        )
+    def _pieces(self, outgoing: OutgoingTransfer) -> Pieces:
+        transport = outgoing.report.choice.transport
         if transport == GRPC:
-            parts = self._store.read(layers, outgoing.blocks, tokens)
-            info.crc32c = crc32c(parts)
-            return info, [encode_frame_start(info, sum(map(len, parts))), *parts]
-        if transport != CUDA_IPC:
-            # On a GPU the KV would have to leave the device for a checksum of it.
-            info.crc32c = self._store.checksum(layers, outgoing.blocks, tokens)
-        return info, [encode_reference(info, self._blocks(outgoing.blocks, tokens))]
-
-    def _blocks(self, blocks: Sequence[int], tokens: range) -> Sequence[int]:
-        """Those of `blocks` that hold `tokens`."""
-        size = self._store.block_size
-        return blocks[tokens.start // size : (tokens.stop - 1) // size + 1]
+            return Payloads(self._store, outgoing)
+        return References(self._store, outgoing, checked=transport != CUDA_IPC)
 
     def _header(self, target: Target, agreement: Agreement) -> pb.KvHeader:
         return pb.KvHeader(
@@ -281,4 +276,5 @@ class KvSender:
             transports=[agreement.choice.transport],
             host=self._host,
             link_id=agreement.link_id if agreement.choice.transport != GRPC else b"",
+            encoding=self._store.geometry.encoding,
         )

@@ -3,6 +3,7 @@
 See `handoff.sharing`. The memory is a file without a name; whoever is to read it gets a read-only descriptor.
 """
 
+import logging
 import os
 
 from kvbaton.engine.errors import UnavailableError
@@ -12,6 +13,8 @@ from kvbaton.handoff import wire
 from kvbaton.handoff.choice import SHARED_MEMORY
 from kvbaton.handoff.descriptors import DescriptorInbox, send_descriptor
 from kvbaton.v1 import kv_transfer_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 
 class SharedMemoryPool:
@@ -55,7 +58,11 @@ class SharedMemoryOpener:
 
     def invite(self, link_id: bytes) -> str:
         """See `PoolOpener.invite`. On the loop that is to take the descriptor."""
-        return self._inbox.expect(link_id)
+        try:
+            return self._inbox.expect(link_id)
+        except UnavailableError as error:
+            logger.warning("KV cannot be received by shared memory: %s", error)
+            return ""
 
     def open(self, hello: pb.LinkHello, link_id: bytes) -> ForeignPool:
         """See `PoolOpener.open`. Any thread."""

@@ -8,10 +8,11 @@ from crc32c import crc32c
 
 from kvbaton.engine.errors import UnavailableError
 from kvbaton.engine.geometry import KvGeometry
-from kvbaton.engine.kv_store import Landing, Pending, Reading, SharedMemory
+from kvbaton.engine.kv_store import KvStore, Landing, Pending, Reading, SharedMemory
 from kvbaton.engine.pool_layout import PoolLayout, lay_out
 from kvbaton.engine.runs import slot_runs
 from kvbaton.model.cuda.copies import DevicePool, DeviceStream, KvCopies
+from kvbaton.model.encoded_store import EncodedStore
 from kvbaton.model.foreign_pool import ForeignMemory
 from kvbaton.model.host_pool import HostPool, warm_up
 from kvbaton.model.pool_memory import pool_memory
@@ -91,6 +92,10 @@ class TorchKvStore:
         """Compile, or load, what hand-offs need, which takes seconds on a machine that has never served."""
         if self._host is not None:
             warm_up()
+
+    def encoded(self, encoding: str) -> KvStore:
+        """See `KvStore.encoded`."""
+        return EncodedStore(self, encoding) if encoding else self
 
     def read(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
         """See `KvStore.read`. Waits for a device's copy to the host."""

@@ -106,6 +106,7 @@ def model_info(loaded: LoadedModel, tokenizer: Tokenizer | None, name: str) -> t
             architecture=loaded.architecture,
             weights_digest=loaded.weights_digest,
             kv_dtype=loaded.geometry.dtype,
+            rounded_digest=loaded.rounded_digest,
         ),
         kv_geometry=geometry_to_proto(loaded.geometry),
         vocab_size=loaded.vocab_size,

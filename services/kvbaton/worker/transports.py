@@ -5,7 +5,8 @@ import socket
 from collections.abc import Sequence
 
 from kvbaton.engine.errors import StartupError
-from kvbaton.handoff.choice import AUTO, CUDA_IPC, GRPC, SHARED_MEMORY
+from kvbaton.handoff.agreement import LinkOffer
+from kvbaton.handoff.choice import AUTO, CUDA_IPC, GRPC, SHARED_MEMORY, LeftOut, Obstacle
 from kvbaton.handoff.shared_memory import SharedMemoryOpener, SharedMemoryPool
 from kvbaton.handoff.sharing import PoolOpener, SharedPool
 from kvbaton.worker.config import WorkerConfig
@@ -24,16 +25,24 @@ def check_transport(config: WorkerConfig) -> None:
         raise StartupError("--transport: this system has no memory files, which shared_memory needs")
 
 
-def shared_pools(config: WorkerConfig, runtime: WorkerRuntime) -> Sequence[SharedPool]:
-    """What a worker that prefills offers besides gRPC. Raises StartupError when `--transport` is not among it."""
+def link_offer(config: WorkerConfig, runtime: WorkerRuntime, *, encoded: bool) -> LinkOffer:
+    """What a worker that prefills offers, whose KV may be `encoded` on its way, which only gRPC does.
+
+    Raises StartupError when `--transport` is not among it.
+    """
     pools: list[SharedPool] = []
     cuda = cuda_shared_pool(runtime.store)
     if cuda is not None:
         pools.append(cuda)
     if runtime.store.shared is not None:
         pools.append(SharedMemoryPool(runtime.store.shared))
-    _check(config, [pool.transport for pool in pools], "the KV pool cannot be shared with other processes")
-    return pools
+    left_out: list[LeftOut] = []
+    if encoded:
+        left_out = [LeftOut(pool.transport, Obstacle.ENCODED, expected=True) for pool in pools]
+        pools = []
+    problem = "KV is encoded on its way" if encoded else "the KV pool cannot be shared with other processes"
+    _check(config, [pool.transport for pool in pools], problem)
+    return LinkOffer(runtime.incarnation, runtime.host, config.transport, pools, left_out)
 
 
 def pool_openers(config: WorkerConfig, runtime: WorkerRuntime) -> Sequence[PoolOpener]:
