@@ -60,7 +60,7 @@ async def struck_cluster(folder: Path) -> AsyncIterator[tuple[FaultProxy, Cluste
     """Services whose decode worker sends everybody to the proxy."""
     async with fault_proxy(f"127.0.0.1:{free_port()}") as proxy:
         kv_port = int(proxy.upstream.rpartition(":")[2])
-        decode = {"kv_endpoint": proxy.endpoint, "kv_port": kv_port}
+        decode = {"kv_endpoint": proxy.endpoint, "kv_port": kv_port, "transport": "grpc"}
         async with cluster(folder, decode=decode) as services, AsyncClient(services.router) as client:
             yield proxy, services, client
 

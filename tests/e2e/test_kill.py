@@ -35,11 +35,12 @@ async def running(folder: Path | str, **options: Any) -> AsyncIterator[tuple[Dep
         yield deployment, client
 
 
-async def test_prefill_worker_dies_while_it_computes(folder: Path) -> None:
-    async with running(folder) as (deployment, client):
+@pytest.mark.parametrize("transport", ["grpc", "shared_memory"])
+async def test_prefill_worker_dies_while_it_computes(folder: Path, transport: str) -> None:
+    async with running(folder, transport=transport) as (deployment, client):
         prefill, decode = deployment.prefill[0], deployment.decode[0]
         generation = client.generate([5] * LONG, max_tokens=8, timeout=60)
-        await wait_for_status(decode.address, lambda s: s.counters.kv_bytes_received > 0)
+        await wait_for_status(prefill.address, lambda s: s.counters.prefill_tokens_computed > 0)
         os.kill(prefill.pid, signal.SIGKILL)
         killed_at = time.monotonic()
         with pytest.raises(UnavailableError, match="prefill worker"):
@@ -66,7 +67,7 @@ async def test_decode_worker_dies_while_it_decodes(folder: Path) -> None:
 
 
 async def test_decode_worker_dies_while_it_receives(folder: Path) -> None:
-    async with running(folder) as (deployment, client):
+    async with running(folder, transport="grpc") as (deployment, client):
         prefill, decode = deployment.prefill[0], deployment.decode[0]
         generation = client.generate([5] * LONG, max_tokens=8, timeout=60)
         await wait_for_status(decode.address, lambda s: s.counters.kv_bytes_received > 0)

@@ -14,6 +14,7 @@ import pytest
 from kvbaton.engine.errors import NotFoundError, TransferRejectedError, UnavailableError
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
 from kvbaton.handoff import conversation as conversation_module
+from kvbaton.handoff import pieces as pieces_module
 from kvbaton.handoff import sender as sender_module
 from kvbaton.handoff.codec import crc32c, decode_message
 from kvbaton.handoff.frames import FRAME_BYTES, FramePlanner
@@ -194,7 +195,7 @@ async def test_a_refusal_in_the_middle_comes_out_with_its_reason(pair: Pair, mon
     # So many frames that the receiver's refusal of the third meets the sender in the middle of a write.
     monkeypatch.setattr(sender_module, "FramePlanner", _in_small_frames)
     pair.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
-    monkeypatch.setattr(sender_module, "crc32c", lambda parts: 5 if len(pair.sink.writes) >= 2 else crc32c(parts))
+    monkeypatch.setattr(pieces_module, "crc32c", lambda parts: 5 if len(pair.sink.writes) >= 2 else crc32c(parts))
     pair.compute()
     with pytest.raises(TransferRejectedError, match="frame.crc32c: frame .* was damaged"):
         await pair.send()

@@ -109,8 +109,7 @@ async def working(
             kv_server = await stack.enter_async_context(serving([kv_service], "127.0.0.1", 0, grace_seconds=0))
             worker.kv_address = kv_server.address
         kv_thread = await stack.enter_async_context(LoopThread("kv", asyncio.new_event_loop))
-        group = await stack.enter_async_context(asyncio.TaskGroup())
-        stack.callback(group.create_task(kv_thread.call(links.run())).cancel)
+        await stack.enter_async_context(kv_thread.running(links.run()))
         stack.enter_context(worker.runtime.engine)
         worker.servicer = PrefillServicer(worker.runtime, worker.transfers, worker.sender, links, kv_thread)
         services = [worker.servicer.registration]

@@ -210,3 +210,29 @@ async def test_a_manager_is_entered_and_left_over_there(thread: LoopThread) -> N
     with pytest.raises(KeyError):
         await leave_by_an_error()
     assert log == [("enter", "kv"), ("exit", "kv")]
+
+
+async def test_what_runs_for_the_length_of_a_block_has_ended_after_it(thread: LoopThread) -> None:
+    seen: list[str] = []
+    begun = threading.Event()
+
+    async def work() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            seen.append(threading.current_thread().name)
+
+    async with thread.running(work()):
+        assert await asyncio.to_thread(begun.wait, PATIENCE)
+        assert seen == []
+    assert seen == ["kv"]
+
+
+async def test_what_has_failed_there_is_raised_at_the_end(thread: LoopThread) -> None:
+    async def work() -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        async with thread.running(work()):
+            await asyncio.sleep(0)

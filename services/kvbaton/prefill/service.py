@@ -43,12 +43,8 @@ class PrefillSide:
         sender = KvSender(store, runtime.model.fingerprint, runtime.host, self.counters)
         offer = link_offer(self._config, runtime, encoded=bool(self.kv_encoding))
         links = self._links = LinkTable(offer, Connection.open)
-        async with asyncio.TaskGroup() as group:
-            keeping = group.create_task(kv_thread.call(links.run()))
-            try:
-                yield PrefillServicer(runtime, self.transfers, sender, links, kv_thread).registration
-            finally:
-                keeping.cancel()
+        async with kv_thread.running(links.run()):
+            yield PrefillServicer(runtime, self.transfers, sender, links, kv_thread).registration
 
 
 async def serve_prefill(config: PrefillConfig, stop: asyncio.Event, started: "asyncio.Future[Server]") -> None:

@@ -37,6 +37,33 @@ class LoopThread:
         When the caller is cancelled, `work` is cancelled and has ended before CancelledError comes out here: what it
         was using may then be freed.
         """
+        outcome, cancel = self._begin(work)
+        waiter = asyncio.wrap_future(outcome)
+        cancelled: asyncio.CancelledError | None = None
+        while not waiter.done():
+            try:
+                await asyncio.wait([waiter])
+            except asyncio.CancelledError as error:
+                cancelled = error
+                cancel()
+        if cancelled is not None:
+            waiter.exception()
+            raise cancelled
+        return waiter.result()
+
+    @asynccontextmanager
+    async def running(self, work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+        """Let `work` run there for the length of the block; then it is cancelled, and has ended. Raises its error."""
+        outcome, cancel = self._begin(work)
+        try:
+            yield
+        finally:
+            cancel()
+            with suppress(StoppedError):
+                await asyncio.wrap_future(outcome)
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> "tuple[Future[T], Callable[[], None]]":
+        """Where its outcome will be, and what cancels it. Raises StoppedError."""
         outcome: Future[T] = Future()
         tasks: list[asyncio.Task[None]] = []
 
@@ -58,20 +85,13 @@ class LoopThread:
         except RuntimeError:
             work.close()
             raise StoppedError from None
-        waiter = asyncio.wrap_future(outcome)
-        cancelled: asyncio.CancelledError | None = None
-        while not waiter.done():
-            try:
-                await asyncio.wait([waiter])
-            except asyncio.CancelledError as error:
-                cancelled = error
-                # A loop that has ended has ended the work too.
-                with suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
-        if cancelled is not None:
-            waiter.exception()
-            raise cancelled
-        return waiter.result()
+
+        def cancel() -> None:
+            # A loop that has ended has ended the work too.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+
+        return outcome, cancel
 
     def _main(self) -> None:
         with asyncio.Runner(loop_factory=self._loop_factory) as runner:

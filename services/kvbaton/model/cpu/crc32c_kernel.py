@@ -6,6 +6,7 @@ GF(2), and zeros that follow it are a matrix: the state after a piece that follo
 many zeros, plus the state of the piece by itself (as in zlib's crc32_combine).
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ NOTHING, WRITE, STREAM = 0, 1, 2
 """What becomes of the bytes that are summed: nothing, a copy, or a copy that goes past the caches."""
 
 
+@functools.cache
 def has_crc32c_unit() -> bool:
     """Whether kernels are compiled for a processor with the instruction: this one, or what numba was told."""
     features: str = cpu_target.target_context.codegen().magic_tuple()[2]
