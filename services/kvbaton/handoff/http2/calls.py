@@ -22,8 +22,8 @@ from kvbaton.rpc.interceptors import end_span
 if TYPE_CHECKING:
     Failure = KvbatonError | TimeoutError
 
-MAX_DATA_BYTES = 1 << 20
-"""Longest frame that is sent: how long another stream waits for its turn."""
+MAX_DATA_BYTES = 2 << 20
+"""Longest frame that is sent: how long another stream waits for its turn. A KV frame with what is around it fits."""
 
 STALL_SECONDS = 10.0
 """Longest wait for a peer to open its window."""
