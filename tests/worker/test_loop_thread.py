@@ -230,9 +230,12 @@ async def test_what_runs_for_the_length_of_a_block_has_ended_after_it(thread: Lo
 
 
 async def test_what_has_failed_there_is_raised_at_the_end(thread: LoopThread) -> None:
+    begun = threading.Event()
+
     async def work() -> None:
+        begun.set()
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
         async with thread.running(work()):
-            await asyncio.sleep(0)
+            await asyncio.to_thread(begun.wait, PATIENCE)
