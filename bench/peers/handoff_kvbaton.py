@@ -13,9 +13,11 @@ import torch
 
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
 from kvbaton.handoff.host import host_identity
+from kvbaton.handoff.http2.client import Connection
+from kvbaton.handoff.http2.server import serving_kv
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, TicketBook
 from kvbaton.handoff.sender import KvSender, OutgoingTransfer, SenderCounters, Target
-from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
+from kvbaton.handoff.servicer import KvTransferServicer
 from kvbaton.model.store import TorchKvStore
 from kvbaton.rpc import serving
 from kvbaton.v1 import types_pb2 as types
@@ -73,8 +75,7 @@ class Receiver(Side):
     async def open(self, _: Answer) -> Answer:
         """Listen."""
         servicer = KvTransferServicer(self._incoming, self._counters)
-        service = serving.Registration(SERVICE_NAME, servicer.add_to)
-        server = await self._stack.enter_async_context(serving.serving([service], "127.0.0.1", 0, grace_seconds=0))
+        server = await self._stack.enter_async_context(serving_kv(servicer.methods, "127.0.0.1", 0))
         return {"port": server.port, "plain": self._plain.port}
 
     async def peer(self, _: Answer) -> Answer:
@@ -123,8 +124,8 @@ class Sender(Side):
         """Reach the other process."""
         self._plain = handoff_plain.PlainSender(arguments["plain"])
         self._endpoint = f"127.0.0.1:{arguments['port']}"
-        self._channel = serving.channel(self._endpoint)
-        self._stack.push_async_callback(self._channel.close)
+        self._connection = await Connection.open(self._endpoint, TIMEOUT_SECONDS)
+        self._stack.push_async_callback(self._connection.close)
         return {}
 
     async def send(self, arguments: Answer) -> Answer:
@@ -141,7 +142,7 @@ class Sender(Side):
             outgoing.cached(tokens.stop, blocks)
             outgoing.first_token(1)
             target = Target(endpoint=self._endpoint, ticket=ticket, attempt=1, tokens=tokens)
-            await self._sender.send(self._channel, target, outgoing, TIMEOUT_SECONDS)
+            await self._sender.send(self._connection, target, outgoing, TIMEOUT_SECONDS)
             watch.end()
         return watch.answer()
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvbaton.engine.errors import NotFoundError, UnavailableError
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
-from kvbaton.handoff import sender as sender_module
+from kvbaton.handoff import conversation as conversation_module
 from support import chaos, faults
 from support.chaos import TOKENS, Ends, settled
 from support.fault_proxy import Passed, Passing, Then, unchanged
@@ -37,7 +37,7 @@ async def test_a_fault_ends_in_its_error_and_leaves_nothing(
     ends.proxy.strike(fault.make(rng, num_frames), responses=fault.responses)
     with monkeypatch.context() as patch:
         if fault.silent:
-            patch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.3)
+            patch.setattr(conversation_module, "ANSWER_TIMEOUT_SECONDS", 0.3)
         with pytest.raises(fault.error, match=fault.message):
             await ends.send(reservation, ends.compute(TOKENS))
     assert ends.applied == ([77] if fault.applied else [])
@@ -111,7 +111,7 @@ async def test_an_attempt_that_was_replaced_writes_nothing_more(ends: Ends, monk
     reservation = ends.reserve(TOKENS, rng)
     ends.proxy.strike(faults.at("frame", num_frames // 2, lambda data: Passed(grpc_message(data), Then.FREEZE)))
     with monkeypatch.context() as patch:
-        patch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.3)
+        patch.setattr(conversation_module, "ANSWER_TIMEOUT_SECONDS", 0.3)
         with pytest.raises(UnavailableError, match="gave no answer"):
             await ends.send(reservation, ends.compute(TOKENS))
     assert len(ends.attempts) == 1
@@ -132,7 +132,7 @@ async def test_an_attempt_that_was_replaced_writes_nothing_more(ends: Ends, monk
 
 @pytest.mark.parametrize("frame_bytes", [32 << 10])
 async def test_a_slow_wire_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(conversation_module, "ANSWER_TIMEOUT_SECONDS", 0.5)
     tokens = range(128)
     async with chaos.ends(WIDE) as ends:
         reservation = ends.reserve(tokens, random.Random(11))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvbaton.client import AsyncClient, GenerationResult, UnavailableError
-from kvbaton.handoff import sender as sender_module
+from kvbaton.handoff import conversation as conversation_module
 from support import chaos, faults, tiny_models
 from support.cluster import Cluster, cluster
 from support.fakes import PATIENCE
@@ -89,7 +89,7 @@ async def test_a_struck_request_fails_and_the_next_has_the_right_tokens(
             proxy.strike(fault.make(rng, num_frames), responses=fault.responses)
             with monkeypatch.context() as patch:
                 if fault.silent:
-                    patch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.5)
+                    patch.setattr(conversation_module, "ANSWER_TIMEOUT_SECONDS", 0.5)
                 with pytest.raises(UnavailableError):
                     await ask(client, prompt)
             await services.assert_idle()

@@ -126,7 +126,7 @@ def test_a_frame_with_one_byte_changed_raises_nothing_but_wire_errors(
         message = decode_message(bytes(encoded))
     except WireError:
         return
-    assert isinstance(message, Frame | pb.KvHeader | pb.KvCommit)
+    assert isinstance(message, Frame | pb.KvHeader | pb.KvCommit | pb.KvConfirm)
 
 
 def test_every_truncation_is_refused() -> None:

@@ -2,12 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
 from typing import Any
 
-from kvbaton.handoff.codec import Frame, Message, RunningDigest, WireError
+from kvbaton.handoff.codec import RunningDigest, encode_frame, encode_message
 from kvbaton.handoff.receiver import Applied, IncomingTransfer, ReceiverCounters, Reservation, TicketBook
-from kvbaton.handoff.servicer import KvTransferServicer
+from kvbaton.handoff.servicer import TransferCall
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from support.fakes import GEOMETRY, PATIENCE, FakeStore, fingerprint, frame_info, header
 
@@ -26,30 +25,42 @@ class Receiver:
         payload = FakeStore().content([0, 1, 2], TOKENS)
         info, digest = frame_info(0, range(GEOMETRY.num_layers), TOKENS, payload), RunningDigest()
         digest.add(info)
-        self.messages: list[Message] = [
-            header(self.reservation.ticket, TOKENS),
-            Frame(info, memoryview(payload)),
-            pb.KvCommit(first_token_id=7, num_frames=1, payload_bytes=len(payload), digest=digest.value(7)),
+        commit = pb.KvCommit(first_token_id=7, num_frames=1, payload_bytes=len(payload), digest=digest.value(7))
+        self.messages = [
+            encode_message(header(self.reservation.ticket, TOKENS)),
+            encode_frame(info, [payload]),
+            encode_message(commit),
         ]
 
     async def receive(self) -> list[str]:
         """Take all messages; the answers."""
-        counters, answers = ReceiverCounters(), list[str]()
+        counters, stream = ReceiverCounters(), Stream()
+        answering: Any = stream
+        transfer = IncomingTransfer(self.book, self.store, fingerprint(), counters)
+        call = TransferCall(transfer, answering, counters)
+        for message in self.messages:
+            call.on_message(message)
+        call.on_half_close()
+        async with asyncio.timeout(PATIENCE):
+            await stream.over.wait()
+        return stream.answers
 
-        class Context:
-            async def write(self, answer: pb.TransferResponse) -> None:
-                answers.append(str(answer.WhichOneof("message")))
 
-        async def written() -> AsyncIterator[Message | WireError]:
-            for message in self.messages:
-                yield message
+class Stream:
+    """The answering half of a call, as `http2` has it."""
 
-        context: Any = Context()
-        servicer = KvTransferServicer(
-            lambda: IncomingTransfer(self.book, self.store, fingerprint(), counters), counters
-        )
-        await servicer.Transfer(written(), context)
-        return answers
+    def __init__(self) -> None:
+        self.answers: list[str] = []
+        self.over = asyncio.Event()
+        self.ended, self.peer = False, "127.0.0.1:1"
+
+    def send(self, message: bytes) -> None:
+        self.answers.append(str(pb.TransferResponse.FromString(message).WhichOneof("message")))
+
+    def end(self, error: BaseException | None = None) -> None:
+        assert error is None
+        self.ended = True
+        self.over.set()
 
 
 class Copying:

@@ -5,7 +5,7 @@ and every loss comes out as the exception that says so; an ended sender ends the
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -13,9 +13,12 @@ import pytest
 
 from kvbaton.engine.errors import NotFoundError, TransferRejectedError, UnavailableError
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
+from kvbaton.handoff import conversation as conversation_module
 from kvbaton.handoff import sender as sender_module
 from kvbaton.handoff.codec import crc32c, decode_message
 from kvbaton.handoff.frames import FRAME_BYTES, FramePlanner
+from kvbaton.handoff.http2.server import serving_kv
+from kvbaton.handoff.peers import PeerConnections
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
 from kvbaton.handoff.sender import METHOD, KvSender, OutgoingTransfer, SenderCounters, Target, TransferReport
 from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
@@ -38,7 +41,7 @@ class Pair:
         self.sent, self.received = SenderCounters(), ReceiverCounters()
         self.fingerprint = fingerprint()
         self.address = ""
-        self.channel: Any = None
+        self.peers = PeerConnections()
         self.reservation: Reservation = self.book.open(BLOCKS, TOKENS, 1000, self.applied.append)
         self.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
         self.begun = asyncio.Event()
@@ -56,7 +59,8 @@ class Pair:
     async def send(self, timeout: float | None = PATIENCE, **changes: Any) -> TransferReport:
         sender = KvSender(self.source, self.fingerprint, types.HostIdentity(boot_id="b"), self.sent)
         async with asyncio.timeout(PATIENCE * 2):
-            return await sender.send(self.channel, self.target(**changes), self.outgoing, timeout)
+            connection = await self.peers.get(self.address)
+            return await sender.send(connection, self.target(**changes), self.outgoing, timeout)
 
     def compute(self, *chunks: range, first_token: int | None = 77) -> None:
         """A chunked prefill, as the engine's thread does it."""
@@ -93,11 +97,15 @@ async def listening(pair: Pair, behaviour: Callable[..., Any] | None = None) -> 
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, {"Transfer": handler}),))
 
     servicer = KvTransferServicer(new_transfer, pair.received)
-    registration = Registration(SERVICE_NAME, add if behaviour else servicer.add_to)
-    async with serving([registration], "127.0.0.1", 0, grace_seconds=0) as server:
-        pair.address = server.address
-        async with channel(server.address) as pair.channel:
-            yield
+    async with AsyncExitStack() as stack:
+        if behaviour is None:
+            pair.address = (await stack.enter_async_context(serving_kv(servicer.methods, "127.0.0.1", 0))).address
+        else:
+            registration = Registration(SERVICE_NAME, add)
+            server = serving([registration], "127.0.0.1", 0, grace_seconds=0)
+            pair.address = (await stack.enter_async_context(server)).address
+        stack.push_async_callback(pair.peers.close)
+        yield
 
 
 @pytest.fixture
@@ -216,9 +224,8 @@ async def test_nobody_listening_is_unavailable() -> None:
     pair = Pair()
     async with listening(pair):
         pass
-    async with channel(pair.address) as pair.channel:
-        with pytest.raises(UnavailableError, match=f"decode worker {pair.address}"):
-            await pair.send()
+    with pytest.raises(UnavailableError, match=f"decode worker {pair.address}"):
+        await pair.send()
 
 
 @pytest.mark.parametrize("closed_here", [False, True])
@@ -232,12 +239,12 @@ async def test_a_connection_that_ends_while_layers_are_awaited_is_unavailable(cl
     async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         async with listening(pair):
             if not closed_here:
-                pair.channel = channel(pair.address)
+                pair.peers = PeerConnections()
             sending = group.create_task(send())
             await pair.begun.wait()
-        # The server has stopped, and its own channel was closed.
+        # The server has stopped, and its own connection was closed.
         await sending
-    await pair.channel.close()
+    await pair.peers.close()
 
 
 ANSWERS: dict[str, Callable[..., pb.TransferResponse]] = {
@@ -282,7 +289,7 @@ async def test_a_receiver_that_never_answers_is_unavailable(
             pass
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(conversation_module, "ANSWER_TIMEOUT_SECONDS", 0.2)
     pair = Pair()
     pair.compute()
     async with listening(pair, silent):
@@ -296,7 +303,7 @@ async def test_a_receiver_that_applies_what_it_has_not_got_is_unavailable(monkey
             await context.write(ANSWERS[answer]())
         await forever()
 
-    monkeypatch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(conversation_module, "ANSWER_TIMEOUT_SECONDS", 0.2)
     pair = Pair()
     async with listening(pair, hasty):
         with pytest.raises(UnavailableError, match="answered applied before everything was sent"):
@@ -312,7 +319,7 @@ async def test_what_was_applied_is_applied_though_the_stream_does_not_end(monkey
                 await context.write(ANSWERS["applied"]())
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(sender_module, "ANSWER_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(conversation_module, "ANSWER_TIMEOUT_SECONDS", 0.2)
     pair = Pair()
     pair.compute()
     async with listening(pair, lingering):
@@ -370,15 +377,14 @@ async def test_a_cancelled_sender_ends_the_stream_at_the_receiver() -> None:
 
 
 async def test_malformed_bytes_are_refused_with_their_problem(pair: Pair) -> None:
-    call: Any = pair.channel.stream_stream(METHOD, response_deserializer=pb.TransferResponse.FromString)(
-        timeout=PATIENCE
-    )
-    await call.write(pb.TransferRequest(header=header(pair.reservation.ticket, TOKENS)).SerializeToString())
-    assert (await call.read()).HasField("ready")
-    await call.write(b"\xff")
-    assert "malformed message: the message ends within a number" in (await call.read()).rejected.reason
-    assert await call.read() is grpc.aio.EOF
-    assert pair.received.transfers_rejected == 1
+    async with channel(pair.address) as opened:
+        call: Any = opened.stream_stream(METHOD, response_deserializer=pb.TransferResponse.FromString)(timeout=PATIENCE)
+        await call.write(pb.TransferRequest(header=header(pair.reservation.ticket, TOKENS)).SerializeToString())
+        assert (await call.read()).HasField("ready")
+        await call.write(b"\xff")
+        assert "malformed message: the message ends within a number" in (await call.read()).rejected.reason
+        assert await call.read() is grpc.aio.EOF
+        assert pair.received.transfers_rejected == 1
 
 
 async def test_layers_reported_from_many_threads_wake_the_sender(pair: Pair) -> None:

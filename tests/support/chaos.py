@@ -7,13 +7,13 @@ import random
 import weakref
 from collections.abc import AsyncIterator, Sized
 from contextlib import asynccontextmanager
-from typing import Any
 
 from kvbaton.engine.geometry import KvGeometry
+from kvbaton.handoff.http2.server import serving_kv
+from kvbaton.handoff.peers import PeerConnections
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
 from kvbaton.handoff.sender import KvSender, OutgoingTransfer, SenderCounters, Target, TransferReport
-from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
-from kvbaton.rpc.serving import Registration, channel, serving
+from kvbaton.handoff.servicer import KvTransferServicer
 from kvbaton.v1 import types_pb2 as types
 from support.fakes import GEOMETRY, PATIENCE, FakeStore, fingerprint
 from support.fault_proxy import FaultProxy, fault_proxy
@@ -54,7 +54,7 @@ class Ends:
         self.sent, self.received = SenderCounters(), ReceiverCounters()
         self.attempts: weakref.WeakSet[IncomingTransfer] = weakref.WeakSet()
         """What the receiver holds."""
-        self.channel: Any = None
+        self.peers = PeerConnections()
 
     def new_attempt(self) -> IncomingTransfer:
         """The receiving half of one attempt."""
@@ -93,7 +93,8 @@ class Ends:
         )
         sender = KvSender(self.source, fingerprint(), types.HostIdentity(boot_id="b"), self.sent)
         async with asyncio.timeout(PATIENCE * 2):
-            return await sender.send(self.channel, target, outgoing, timeout)
+            connection = await self.peers.get(self.proxy.endpoint)
+            return await sender.send(connection, target, outgoing, timeout)
 
     async def undisturbed(self, rng: random.Random) -> int:
         """Make the connection by a transfer without faults, and return of how many frames it was."""
@@ -107,10 +108,12 @@ class Ends:
     @asynccontextmanager
     async def reconnected(self) -> AsyncIterator[None]:
         """Send over a connection of its own within the block, as another prefill worker would."""
-        ordinary = self.channel
-        async with channel(self.proxy.endpoint) as self.channel:
+        ordinary, self.peers = self.peers, PeerConnections()
+        try:
             yield
-        self.channel = ordinary
+        finally:
+            await self.peers.close()
+            self.peers = ordinary
 
     def arrived(self, reservation: Reservation) -> bool:
         """Whether the reserved blocks hold what was computed."""
@@ -125,13 +128,14 @@ async def ends(geometry: KvGeometry = GEOMETRY, num_blocks: int = 96, *, direct:
     async with fault_proxy() as proxy:
         made = Ends(proxy, geometry, num_blocks)
         servicer = KvTransferServicer(made.new_attempt, made.received)
-        service = Registration(SERVICE_NAME, servicer.add_to)
-        async with serving([service], "127.0.0.1", 0, grace_seconds=0) as server:
+        async with serving_kv(servicer.methods, "127.0.0.1", 0) as server:
             proxy.upstream = server.address
             if direct:
                 proxy.endpoint = server.address
-            async with channel(proxy.endpoint) as made.channel:
+            try:
                 yield made
+            finally:
+                await made.peers.close()
 
 
 async def settled(held: Sized, descriptors: int) -> None:

@@ -12,10 +12,12 @@ from kvbaton.decode.servicer import DecodeServicer
 from kvbaton.engine.counters import Counts
 from kvbaton.engine.scheduler import Limits
 from kvbaton.engine.tokens import pack_token_ids
+from kvbaton.handoff.http2.client import Connection
+from kvbaton.handoff.http2.server import serving_kv
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, TicketBook
 from kvbaton.handoff.sender import KvSender, OutgoingTransfer, SenderCounters, Target
-from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
-from kvbaton.rpc.serving import Registration, channel, serving
+from kvbaton.handoff.servicer import KvTransferServicer
+from kvbaton.rpc.serving import channel, serving
 from kvbaton.v1 import decode_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 from kvbaton.v1.decode_pb2_grpc import DecodeServiceStub
@@ -62,7 +64,8 @@ class Worker:
         outgoing.first_token(FIRST)
         sender = KvSender(source, fingerprint(), types.HostIdentity(), SenderCounters())
         target = Target(endpoint=self.address, ticket=ticket, attempt=1, tokens=tokens)
-        await sender.send(self.channel, target, outgoing, PATIENCE)
+        async with await Connection.open(self.address, PATIENCE) as connection:
+            await sender.send(connection, target, outgoing, PATIENCE)
         return source
 
     async def settled(self, **counts: int) -> None:
@@ -87,13 +90,12 @@ async def working(
         lambda: IncomingTransfer(worker.book, worker.store, fingerprint(), counters), counters
     )
     servicer = DecodeServicer(worker.runtime, worker.book, 7201, kv_endpoint)
-    services = [servicer.registration, Registration(SERVICE_NAME, receiver.add_to)]
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(PATIENCE), serving_kv(receiver.methods, "127.0.0.1", 0) as kv_server:
+        worker.address = kv_server.address
         with worker.runtime.engine:
-            async with serving(services, "127.0.0.1", 0, grace_seconds=0) as server:
-                worker.address = server.address
-                async with channel(server.address) as worker.channel:
-                    yield worker
+            serve = serving([servicer.registration], "127.0.0.1", 0, grace_seconds=0)
+            async with serve as server, channel(server.address) as worker.channel:
+                yield worker
 
 
 async def admitted(call: Any) -> pb.DecodeAdmitted:

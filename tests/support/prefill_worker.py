@@ -12,7 +12,8 @@ from kvbaton.engine.counters import Counts
 from kvbaton.engine.scheduler import Limits
 from kvbaton.engine.tokens import pack_token_ids
 from kvbaton.handoff.codec import decode_message
-from kvbaton.handoff.peers import PeerChannels
+from kvbaton.handoff.http2.server import serving_kv
+from kvbaton.handoff.peers import PeerConnections
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
 from kvbaton.handoff.sender import KvSender, SenderCounters, TransferReport
 from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
@@ -86,12 +87,15 @@ async def working(receive: Callable[..., Any] | None = None, tokenizer: Any = No
     """A worker and a receiver, which is `receive(messages, context)` where that is given."""
     worker, counters = Worker(tokenizer), ReceiverCounters()
     receiver = KvTransferServicer(lambda: IncomingTransfer(worker.book, worker.sink, fingerprint(), counters), counters)
-    kv_service = Registration(SERVICE_NAME, receiver.add_to if receive is None else _adder(receive))
     async with asyncio.timeout(PATIENCE), AsyncExitStack() as stack:
-        kv_server = await stack.enter_async_context(serving([kv_service], "127.0.0.1", 0, grace_seconds=0))
-        worker.kv_address = kv_server.address
+        if receive is None:
+            worker.kv_address = (await stack.enter_async_context(serving_kv(receiver.methods, "127.0.0.1", 0))).address
+        else:
+            kv_service = Registration(SERVICE_NAME, _adder(receive))
+            kv_server = await stack.enter_async_context(serving([kv_service], "127.0.0.1", 0, grace_seconds=0))
+            worker.kv_address = kv_server.address
         kv_thread = await stack.enter_async_context(LoopThread("kv", asyncio.new_event_loop))
-        peers = PeerChannels(channel)
+        peers = PeerConnections()
         stack.push_async_callback(lambda: kv_thread.call(peers.close()))
         stack.enter_context(worker.runtime.engine)
         worker.servicer = PrefillServicer(worker.runtime, worker.transfers, worker.sender, peers, kv_thread)

@@ -8,9 +8,10 @@ from kvbaton.decode.config import DecodeConfig
 from kvbaton.decode.servicer import DecodeServicer
 from kvbaton.engine.errors import StartupError
 from kvbaton.engine.scheduler import Limits
+from kvbaton.handoff.http2.server import serving_kv
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, TicketBook
-from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
-from kvbaton.rpc.serving import Registration, Server, check_peer, probe, serving
+from kvbaton.handoff.servicer import KvTransferServicer
+from kvbaton.rpc.serving import Registration, Server, check_peer, probe
 from kvbaton.v1 import worker_pb2
 from kvbaton.worker.loop_thread import LoopThread, entered_on
 from kvbaton.worker.runtime import WorkerRuntime
@@ -41,8 +42,7 @@ class DecodeSide:
         receiver = KvTransferServicer(
             lambda: IncomingTransfer(book, runtime.store, runtime.model.fingerprint, self.counters), self.counters
         )
-        kv_service = Registration(SERVICE_NAME, receiver.add_to)
-        kv_serving = serving([kv_service], config.host, config.kv_port, grace_seconds=0)
+        kv_serving = serving_kv(receiver.methods, config.host, config.kv_port)
         async with entered_on(kv_thread, kv_serving) as kv_server:
             self._kv_port = kv_server.port
             yield DecodeServicer(runtime, book, kv_server.port, config.kv_endpoint).registration

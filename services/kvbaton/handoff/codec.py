@@ -59,9 +59,18 @@ def crc32c(parts: Sequence[Buffer]) -> int:
     return value
 
 
-def encode_frame(info: pb.FrameInfo, parts: Sequence[Buffer]) -> bytes:
-    """Wire bytes of `TransferRequest{frame: KvFrame{info, payload: parts joined}}`. Copies the payload once."""
-    payload_bytes = sum(len(part) for part in parts)
+@dataclass(frozen=True, slots=True)
+class FrameStart:
+    """What stands before a payload that a message ends with."""
+
+    info: pb.FrameInfo
+    offset: int
+    """Bytes before the payload."""
+    payload_bytes: int
+
+
+def encode_frame_start(info: pb.FrameInfo, payload_bytes: int) -> bytes:
+    """Wire bytes of `TransferRequest{frame: KvFrame{info, payload}}` up to the payload, which follows."""
     info_bytes = info.SerializeToString()
     frame_start = b"".join(
         (
@@ -72,8 +81,36 @@ def encode_frame(info: pb.FrameInfo, parts: Sequence[Buffer]) -> bytes:
             _varint(payload_bytes),
         )
     )
-    request_start = _tag(_FRAME_FIELD) + _varint(len(frame_start) + payload_bytes)
-    return b"".join((request_start, frame_start, *parts))
+    return _tag(_FRAME_FIELD) + _varint(len(frame_start) + payload_bytes) + frame_start
+
+
+def encode_frame(info: pb.FrameInfo, parts: Sequence[Buffer]) -> bytes:
+    """The whole of such a message. Copies the payload."""
+    return b"".join((encode_frame_start(info, sum(len(part) for part in parts)), *parts))
+
+
+def decode_frame_start(start: memoryview, size: int) -> FrameStart | None:
+    """Inverse of `encode_frame_start`, from the first bytes of a message of `size` bytes.
+
+    None for anything else that a message may be: in another encoding, too, fields may come in any order.
+    """
+    try:
+        key, position = _read_varint(start, 0)
+        length, position = _read_varint(start, position)
+        if key != _FRAME_FIELD << 3 | _LENGTH_DELIMITED or length != size - position:
+            return None
+        key, position = _read_varint(start, position)
+        length, position = _read_varint(start, position)
+        if key != _INFO_FIELD << 3 | _LENGTH_DELIMITED or length > len(start) - position:
+            return None
+        info = _parse(pb.FrameInfo(), start[position : position + length])
+        key, position = _read_varint(start, position + length)
+        length, position = _read_varint(start, position)
+        if key != _PAYLOAD_FIELD << 3 | _LENGTH_DELIMITED or length != size - position:
+            return None
+    except WireError:
+        return None
+    return FrameStart(info, position, length)
 
 
 def encode_reference(info: pb.FrameInfo, blocks: Sequence[int]) -> bytes:

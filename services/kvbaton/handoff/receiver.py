@@ -14,8 +14,10 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from crc32c import crc32c as extend_crc32c
+
 from kvbaton.engine.errors import NotFoundError, TransferRejectedError
-from kvbaton.engine.kv_store import KvStore, Pending
+from kvbaton.engine.kv_store import KvStore, Landing, Pending
 from kvbaton.handoff import wire
 from kvbaton.handoff.choice import AUTO, GRPC
 from kvbaton.handoff.codec import Frame, RunningDigest, WireError, crc32c, referenced_blocks
@@ -110,6 +112,45 @@ class TicketBook:
         self._on_closed()
 
 
+class Arrival:
+    """A frame whose payload is on its way into the reserved blocks.
+
+    Entered, as a context, around each single write: closing the reservation waits for that one, and after it entering
+    raises TransferRejectedError.
+    """
+
+    def __init__(
+        self,
+        info: pb.FrameInfo,
+        rectangle: Rectangle,
+        landing: Landing,
+        lock: threading.Lock,
+        check: Callable[[], None],
+    ) -> None:
+        self.info = info
+        self.rectangle = rectangle
+        self.landing = landing
+        self.crc32c = 0
+        """Of what has landed so far."""
+        self._lock = lock
+        self._check = check
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._check()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def landed(self, piece: memoryview) -> None:
+        """The next piece of the payload is there. Its checksum is taken while the processor still has it at hand."""
+        self.crc32c = extend_crc32c(piece, self.crc32c)
+
+
 class IncomingTransfer:
     """One attempt: checks every message against what was promised, and writes what passes."""
 
@@ -177,32 +218,43 @@ class IncomingTransfer:
         Raises TransferRejectedError when anything is wrong with it, or when the attempt or the request is over.
         """
         reservation, info = self._begun(), frame.info
-        rectangle = Rectangle(range(info.layer_start, info.layer_stop), range(info.token_start, info.token_stop))
-        if info.attempt != self._attempt:
-            raise TransferRejectedError(f"frame.attempt: {info.attempt} within attempt {self._attempt}")
-        if info.number != self._num_frames:
-            raise TransferRejectedError(f"frame.number: {info.number} where {self._num_frames} must come")
-        problem = self._coverage.problem(rectangle)
-        if problem is not None:
-            raise TransferRejectedError(f"frame {info.number}: {problem}")
+        rectangle = self._rectangle(info)
         layers, tokens = rectangle.layers, rectangle.tokens
-        expected = self._store.geometry.span_bytes(layers.start, layers.stop, len(tokens))
         if self._link is not None:
             self._copy(self._link, reservation, frame, rectangle)
         else:
             if frame.reference is not None:
                 raise TransferRejectedError("frame.reference: without a link that gives access to memory")
-            if len(frame.payload) != expected:
-                raise TransferRejectedError(f"frame.payload: {len(frame.payload)} bytes where {expected} must come")
+            self._check_size(rectangle, len(frame.payload))
             self._check_crc(info, crc32c([frame.payload]))
             with reservation.lock:
                 self._check_current(reservation)
                 fill(self._store.landing(layers, reservation.blocks, tokens), frame.payload)
-        self._coverage.add(rectangle)
-        self._digest.add(info)
-        self._num_frames += 1
-        self._payload_bytes += expected
-        self._counters.kv_bytes_received += expected
+        self._add(info, rectangle)
+
+    def expect(self, info: pb.FrameInfo, payload_bytes: int) -> "Arrival":
+        """Verify a frame before its payload is there, and say where in the reserved blocks to receive it.
+
+        Raises TransferRejectedError when anything is wrong with it, or when the attempt or the request is over.
+        """
+        reservation, rectangle = self._begun(), self._rectangle(info)
+        if self._link is not None:
+            raise TransferRejectedError(f"frame.payload: where {self._link.chosen} was chosen a reference must come")
+        self._check_size(rectangle, payload_bytes)
+        with reservation.lock:
+            self._check_current(reservation)
+            landing = self._store.landing(rectangle.layers, reservation.blocks, rectangle.tokens)
+        return Arrival(info, rectangle, landing, reservation.lock, lambda: self._check_current(reservation))
+
+    def arrived(self, arrival: "Arrival") -> None:
+        """All of an expected payload is in its place.
+
+        Raises TransferRejectedError when it was damaged, or when the attempt or the request is over.
+        """
+        self._check_crc(arrival.info, arrival.crc32c)
+        with arrival:
+            arrival.landing.finish()
+        self._add(arrival.info, arrival.rectangle)
 
     def landed(self) -> Pending | None:
         """What must be done before `commit`: the last of the frames' copies on a device."""
@@ -270,6 +322,36 @@ class IncomingTransfer:
         # A device computes none.
         if found is not None:
             self._check_crc(frame.info, found)
+
+    def _rectangle(self, info: pb.FrameInfo) -> Rectangle:
+        """What a frame covers, if it may come next."""
+        rectangle = Rectangle(range(info.layer_start, info.layer_stop), range(info.token_start, info.token_stop))
+        if info.attempt != self._attempt:
+            raise TransferRejectedError(f"frame.attempt: {info.attempt} within attempt {self._attempt}")
+        if info.number != self._num_frames:
+            raise TransferRejectedError(f"frame.number: {info.number} where {self._num_frames} must come")
+        problem = self._coverage.problem(rectangle)
+        if problem is not None:
+            raise TransferRejectedError(f"frame {info.number}: {problem}")
+        return rectangle
+
+    def _bytes_of(self, rectangle: Rectangle) -> int:
+        layers, tokens = rectangle.layers, rectangle.tokens
+        return self._store.geometry.span_bytes(layers.start, layers.stop, len(tokens))
+
+    def _check_size(self, rectangle: Rectangle, payload_bytes: int) -> None:
+        expected = self._bytes_of(rectangle)
+        if payload_bytes != expected:
+            raise TransferRejectedError(f"frame.payload: {payload_bytes} bytes where {expected} must come")
+
+    def _add(self, info: pb.FrameInfo, rectangle: Rectangle) -> None:
+        """A frame has passed every check and is in its blocks."""
+        size = self._bytes_of(rectangle)
+        self._coverage.add(rectangle)
+        self._digest.add(info)
+        self._num_frames += 1
+        self._payload_bytes += size
+        self._counters.kv_bytes_received += size
 
     def _check_crc(self, info: pb.FrameInfo, found: int) -> None:
         if found != info.crc32c:

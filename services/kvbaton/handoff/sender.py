@@ -1,38 +1,30 @@
 """The prefill side of a transfer: KV leaves layer by layer while the forward pass still runs.
 
 `OutgoingTransfer` is told by the engine's thread what is ready; `send` runs on the event loop that KV has to itself,
-copies from blocks that stay held until it returns, and is paced by HTTP/2 flow control: what waits is a few numbers,
-not bytes.
+hands the kernel views of blocks that stay held until it returns, and is paced by flow control: what waits is a few
+numbers, not bytes.
 """
 
 import asyncio
 import contextlib
-import logging
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
-
-from kvbaton.engine.errors import NotFoundError, TransferRejectedError, UnavailableError
+from kvbaton.engine.errors import TransferRejectedError
 from kvbaton.engine.geometry import KvGeometry
 from kvbaton.engine.kv_store import KvStore
 from kvbaton.handoff import wire
 from kvbaton.handoff.clock import wall_ns
-from kvbaton.handoff.codec import RunningDigest, crc32c, encode_frame, encode_message
+from kvbaton.handoff.codec import RunningDigest, crc32c, encode_frame_start, encode_message
+from kvbaton.handoff.conversation import Conversation
 from kvbaton.handoff.frames import FramePlanner, Rectangle
+from kvbaton.handoff.http2.calls import StreamEndedError
+from kvbaton.handoff.http2.client import Connection
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
-logger = logging.getLogger(__name__)
-
-Call = grpc.aio.StreamStreamCall[bytes, pb.TransferResponse]
 METHOD = "/kvbaton.v1.KvTransferService/Transfer"
-
-# While the prompt is being computed nothing moves on the stream, so only the answers to what was sent are timed.
-ANSWER_TIMEOUT_SECONDS = 10.0
-"""Longest wait for the receiver's Ready and Applied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,70 +157,40 @@ class KvSender:
         self._counters = counters
 
     async def send(
-        self, channel: grpc.aio.Channel, target: Target, outgoing: OutgoingTransfer, timeout: float | None
+        self, connection: Connection, target: Target, outgoing: OutgoingTransfer, timeout: float | None
     ) -> TransferReport:
         """Move everything to `target` and return once it was applied. `timeout` is the request's, in seconds.
 
         Raises TransferRejectedError, NotFoundError (ticket), UnavailableError (receiver lost) or TimeoutError.
         """
         outgoing.attach()
-        method: Any = channel.stream_stream(METHOD, response_deserializer=pb.TransferResponse.FromString)
-        call: Call = method(timeout=timeout)
-        header = encode_message(self._header(target))
+        conversation = Conversation(connection.call(METHOD, timeout), target.endpoint)
         try:
-            ready = (await self._exchange(call, target, "ready", lambda: call.write(header))).ready
-            try:
-                outgoing.begin(ready.window_start)
-            except ValueError as error:
-                raise UnavailableError(f"decode worker {target.endpoint} answered {error}") from error
-            await self._exchange(call, target, "applied", lambda: self._frames(call, target, outgoing))
-            outgoing.report.applied_ns = wall_ns()
-            self._counters.transfers_applied += 1
-            # To the stream's own end, so that nobody takes it for a cancelled one. Nothing can fail any more.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
-                    await _read(call)
+            await self._converse(conversation, target, outgoing)
+        except TransferRejectedError:
+            self._counters.transfers_rejected += 1
+            raise
         finally:
-            call.cancel()
+            conversation.close()
         return outgoing.report
 
-    async def _exchange(
-        self, call: "Call", target: Target, expected: str, write: Callable[[], Coroutine[Any, Any, None]]
-    ) -> pb.TransferResponse:
-        """Write, and read the answer all the while: a receiver that refuses or vanishes is noticed at once.
+    async def _converse(self, conversation: Conversation, target: Target, outgoing: OutgoingTransfer) -> None:
+        with contextlib.suppress(StreamEndedError):
+            await conversation.say([encode_message(self._header(target))])
+        ready = (await conversation.answer("ready")).ready
+        try:
+            outgoing.begin(ready.window_start)
+        except ValueError as error:
+            raise conversation.wrong(error) from error
+        sent = await conversation.unless_answered(lambda: self._frames(conversation, target, outgoing))
+        await conversation.answer("applied")
+        if not sent:
+            raise conversation.early("applied")
+        outgoing.report.applied_ns = wall_ns()
+        self._counters.transfers_applied += 1
+        await conversation.finish()
 
-        If nobody were reading when a write to an ended stream fails, the receiver's reason would be lost.
-        """
-        async with asyncio.TaskGroup() as group:
-            writing = group.create_task(_until_ended(write))
-            answering = group.create_task(_read(call))
-            await asyncio.wait({writing, answering}, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait({answering}, timeout=ANSWER_TIMEOUT_SECONDS)
-            in_time = answering.done()
-            if in_time and not answering.cancelled() and _is(answering.result(), expected):
-                # What is answered has left; the call that wrote it returns a moment later.
-                await asyncio.wait({writing}, timeout=ANSWER_TIMEOUT_SECONDS)
-            writing.cancel()
-            answering.cancel()
-        peer = f"decode worker {target.endpoint}"
-        if answering.cancelled():
-            problem = "the connection was closed" if in_time else f"gave no answer for {ANSWER_TIMEOUT_SECONDS:.0f} s"
-            raise UnavailableError(f"{peer}: {problem}")
-        answer = answering.result()
-        if isinstance(answer, grpc.aio.AioRpcError) and call.time_remaining() == 0:
-            # Not the status: where the deadline meets a write, gRPC says INTERNAL.
-            raise TimeoutError(f"{peer}: deadline exceeded") from answer
-        checked = self._check(answer, expected, peer)
-        if writing.cancelled():
-            raise UnavailableError(f"{peer} answered {expected} before everything was sent")
-        return checked
-
-    async def _frames(
-        self,
-        call: "Call",
-        target: Target,
-        outgoing: OutgoingTransfer,
-    ) -> None:
+    async def _frames(self, conversation: Conversation, target: Target, outgoing: OutgoingTransfer) -> None:
         digest, report = RunningDigest(), outgoing.report
         while (rectangle := await outgoing.next()) is not None:
             layers, tokens = rectangle.layers, rectangle.tokens
@@ -244,8 +206,8 @@ class KvSender:
             )
             digest.add(info)
             report.first_frame_ns = report.first_frame_ns or wall_ns()
-            await call.write(encode_frame(info, parts))
-            size = sum(len(part) for part in parts)
+            size = sum(map(len, parts))
+            await conversation.say([encode_frame_start(info, size), *parts])
             report.frames += 1
             report.payload_bytes += size
             self._counters.kv_bytes_sent += size
@@ -256,26 +218,7 @@ class KvSender:
             payload_bytes=report.payload_bytes,
             digest=digest.value(outgoing.first_token_id),
         )
-        await call.write(encode_message(commit))
-        await call.done_writing()
-
-    def _check(
-        self, answer: pb.TransferResponse | grpc.aio.AioRpcError | None, expected: str, peer: str
-    ) -> pb.TransferResponse:
-        if isinstance(answer, grpc.aio.AioRpcError):
-            if answer.code() is grpc.StatusCode.NOT_FOUND:
-                raise NotFoundError(f"{peer}: {answer.details()}") from answer
-            if answer.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise TimeoutError(f"{peer}: {answer.details()}") from answer
-            raise UnavailableError(f"{peer}: {answer.details()}") from answer
-        if answer is None:
-            raise UnavailableError(f"{peer} ended the transfer without an answer")
-        if answer.HasField("rejected"):
-            self._counters.transfers_rejected += 1
-            raise TransferRejectedError(f"{peer}: {answer.rejected.reason}")
-        if not _is(answer, expected):
-            raise UnavailableError(f"{peer} answered {answer.WhichOneof('message')} where {expected} must come")
-        return answer
+        await conversation.say([encode_message(commit)], last=True)
 
     def _header(self, target: Target) -> pb.KvHeader:
         return pb.KvHeader(
@@ -288,24 +231,3 @@ class KvSender:
             transports=["grpc"],
             host=self._host,
         )
-
-
-async def _read(call: Call) -> pb.TransferResponse | grpc.aio.AioRpcError | None:
-    """The next answer, the error that the call ended with, or None when it ended without one."""
-    try:
-        answer = await call.read()
-    except grpc.aio.AioRpcError as error:
-        return error
-    return answer if isinstance(answer, pb.TransferResponse) else None
-
-
-def _is(answer: pb.TransferResponse | grpc.aio.AioRpcError | None, expected: str) -> bool:
-    return isinstance(answer, pb.TransferResponse) and answer.WhichOneof("message") == expected
-
-
-async def _until_ended(write: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    try:
-        await write()
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-        # The answer, which is being read, says why the stream has ended.
-        logger.debug("the receiver has ended the stream: %s", error)

@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from kvbaton.engine.scheduler import Limits
-from kvbaton.handoff.peers import PeerChannels
+from kvbaton.handoff.peers import PeerConnections
 from kvbaton.handoff.sender import KvSender, SenderCounters
 from kvbaton.prefill.config import PrefillConfig
 from kvbaton.prefill.servicer import OutgoingTransfers, PrefillServicer
-from kvbaton.rpc.serving import Registration, Server, channel
+from kvbaton.rpc.serving import Registration, Server
 from kvbaton.v1 import worker_pb2
 from kvbaton.worker.loop_thread import LoopThread
 from kvbaton.worker.runtime import WorkerRuntime
@@ -27,7 +27,7 @@ class PrefillSide:
     async def open(self, runtime: WorkerRuntime, kv_thread: LoopThread) -> AsyncIterator[Registration]:
         """Offer the service; connections to decode workers are closed at the end."""
         sender = KvSender(runtime.store, runtime.model.fingerprint, runtime.host, self.counters)
-        peers = PeerChannels(channel)
+        peers = PeerConnections()
         try:
             yield PrefillServicer(runtime, self.transfers, sender, peers, kv_thread).registration
         finally:

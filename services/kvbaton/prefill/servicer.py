@@ -13,7 +13,7 @@ import grpc
 from kvbaton.engine.errors import InvalidArgumentError
 from kvbaton.engine.request import Request, Route
 from kvbaton.engine.scheduler import Batch
-from kvbaton.handoff.peers import PeerChannels
+from kvbaton.handoff.peers import PeerConnections
 from kvbaton.handoff.receiver import TICKET_BYTES
 from kvbaton.handoff.sender import KvSender, OutgoingTransfer, Target, TransferReport
 from kvbaton.rpc import telemetry
@@ -63,7 +63,7 @@ class PrefillServicer(PrefillServiceServicer):
         runtime: WorkerRuntime,
         transfers: OutgoingTransfers,
         sender: KvSender,
-        peers: PeerChannels,
+        peers: PeerConnections,
         kv_thread: LoopThread,
     ) -> None:
         """`sender` and `peers` are used on `kv_thread` only."""
@@ -125,17 +125,14 @@ class PrefillServicer(PrefillServiceServicer):
         """See the proto."""
         _check_endpoint(request.endpoint, "endpoint")
 
-        async def connect() -> None:
-            await (await self._peers.get(request.endpoint)).channel_ready()
-
-        await self._kv_thread.call(connect())
+        await self._kv_thread.call(self._peers.get(request.endpoint))
         link = worker_pb2.PeerLink(endpoint=request.endpoint, transport="grpc", reason="there is no other")
         return pb.ConnectPeerResponse(link=link)
 
     async def _send(self, target: Target, transfer: OutgoingTransfer, timeout: float | None) -> TransferReport:
         async def send() -> TransferReport:
-            channel = await self._peers.get(target.endpoint)
-            return await self._sender.send(channel, target, transfer, timeout)
+            connection = await self._peers.get(target.endpoint)
+            return await self._sender.send(connection, target, transfer, timeout)
 
         return await self._kv_thread.call(send())
 

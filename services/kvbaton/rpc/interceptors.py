@@ -40,7 +40,7 @@ ATTR_ERROR_TYPE: Final = "error.type"
 _UNTRACED: Final = ("/grpc.health.", "/grpc.reflection.")
 
 # On a server the other codes say that the caller was wrong or has gone, which is not the server's failure.
-_SERVER_FAULTS: Final = frozenset(
+SERVER_FAULTS: Final = frozenset(
     {
         grpc.StatusCode.UNKNOWN,
         grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -89,11 +89,11 @@ class _ServedRpc:
         self.context = context
         self._span: Span = INVALID_SPAN
         if not method.startswith(_UNTRACED):
-            self._span = start_span(method[1:], _rpc_attributes(method), SpanKind.SERVER, parent)
+            self._span = start_span(method[1:], rpc_attributes(method), SpanKind.SERVER, parent)
         self.trace_context = context_with(self._span, parent)
 
     def end(self, code: grpc.StatusCode, message: str = "") -> None:
-        _end_span(self._span, code, message, failed=code in _SERVER_FAULTS)
+        end_span(self._span, code, message, failed=code in SERVER_FAULTS)
 
 
 async def _serve(rpc: _ServedRpc, behaviour: Callable[..., Any], request: Any) -> Any:
@@ -267,7 +267,7 @@ class TracedChannel(grpc.aio.Channel):
         await self.close()
 
     def _traced(self, method: str, multicallable: Callable[..., Any]) -> Callable[..., Any]:
-        attributes = {**_rpc_attributes(method), **self._attributes}
+        attributes = {**rpc_attributes(method), **self._attributes}
         untraced = method.startswith(_UNTRACED)
 
         def call(*args: Any, metadata: Any = None, **kwargs: Any) -> Any:
@@ -298,7 +298,7 @@ def _end_with_call(rpc: Any, span: Span) -> None:
 
     def done(ended: Any) -> None:
         code = _result(ended.code())
-        _end_span(span, code, _result(ended.details()) or "", failed=code is not grpc.StatusCode.OK)
+        end_span(span, code, _result(ended.details()) or "", failed=code is not grpc.StatusCode.OK)
 
     rpc.add_done_callback(done)
 
@@ -313,7 +313,8 @@ def _result(finished: Coroutine[Any, Any, Any]) -> Any:
     raise RuntimeError("the call has ended and its status is unknown")
 
 
-def _end_span(span: Span, code: grpc.StatusCode, message: str, *, failed: bool) -> None:
+def end_span(span: Span, code: grpc.StatusCode, message: str, *, failed: bool) -> None:
+    """End an RPC's span with the status that the RPC has ended with; `failed` says whether the span is an error."""
     if span.is_recording():
         span.set_attribute(ATTR_STATUS, code.name)
         if code is not grpc.StatusCode.OK:
@@ -323,5 +324,6 @@ def _end_span(span: Span, code: grpc.StatusCode, message: str, *, failed: bool) 
     span.end()
 
 
-def _rpc_attributes(method: str) -> dict[str, AttributeValue]:
+def rpc_attributes(method: str) -> dict[str, AttributeValue]:
+    """What each span of an RPC of /package.Service/Method carries."""
     return {ATTR_SYSTEM: "grpc", ATTR_METHOD: method[1:]}
