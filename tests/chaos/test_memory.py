@@ -1,18 +1,18 @@
-"""What a peer can make this process hold is bounded, as docs/protocol.md says: by what it sends and claims, by what it does
-not read, and by how much it opens.
+"""What a peer can make this process hold is bounded, as docs/protocol.md says: by what it sends and claims, by what it
+does not read, and by how much it opens.
 """
 
 import asyncio
 import gc
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
 
 import pytest
 
 from kvbaton.engine.errors import UnavailableError
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
-from kvbaton.handoff.http2 import carrier, server
+from kvbaton.handoff.http2 import calls, carrier, server
 from support import chaos, faults
 from support.chaos import TOKENS, Ends, settled
 from support.fakes import PATIENCE
@@ -50,9 +50,10 @@ async def test_a_receiver_that_stops_reading_costs_the_sender_nothing(
         reservation = ends.reserve(tokens, random.Random(1))
         ends.proxy.strike(faults.at("frame", 4, lambda data: Passed(grpc_message(data), then)))
         monkeypatch.setattr(carrier, "TICK_SECONDS", 0.05)
+        monkeypatch.setattr(calls, "STALL_SECONDS", 0.5)
         before = chaos.resident_bytes()
         async with asyncio.TaskGroup() as group:
-            sending = group.create_task(_refused(ends.send(reservation, outgoing)))
+            sending = group.create_task(_lost(ends.send(reservation, outgoing)))
             most = 0
             while not sending.done():
                 most = max(most, growth(before))
@@ -62,9 +63,9 @@ async def test_a_receiver_that_stops_reading_costs_the_sender_nothing(
         assert ends.applied == []
 
 
-async def _refused(sending: "asyncio.Future[object] | object") -> None:
+async def _lost(sending: Awaitable[object]) -> None:
     with pytest.raises(UnavailableError):
-        await sending  # type: ignore[misc]
+        await sending
 
 
 async def test_a_claim_costs_nothing_until_it_is_sent(ends: Ends, peer: RawPeer) -> None:
@@ -165,17 +166,21 @@ async def test_a_connection_that_never_says_anything_is_closed(ends: Ends, monke
     await settled(ends.attempts, descriptors)
 
 
-async def test_a_peer_that_reads_no_answers_is_closed(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_peer_that_reads_no_answers_is_closed(ends: Ends) -> None:
     descriptors = chaos.num_descriptors()
     before = chaos.resident_bytes()
+
+    async def never_reading(peer: RawPeer) -> None:
+        # Each of these calls is refused in some hundred bytes, which fill what a kernel keeps and then the rest.
+        while True:
+            peer.open("/nothing/" + "x" * 200, end=True)
+            await peer.writer.drain()
+
     async with raw_peer(ends.proxy.upstream) as peer:
-        # Every one of these calls is refused with some hundred bytes, which fill what a kernel keeps and then the rest.
-        stop = asyncio.get_running_loop().time() + PATIENCE
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
-        with pytest.raises(ConnectionError):
-            while asyncio.get_running_loop().time() < stop:
-                peer.open("/nothing/" + "x" * 200, end=True)
-                await peer.writer.drain()
+        async with asyncio.timeout(4 * PATIENCE):
+            with pytest.raises(ConnectionError):
+                await never_reading(peer)
     assert growth(before) < SLACK
     await settled(ends.attempts, descriptors)
 

@@ -1,25 +1,22 @@
 """Connections without sockets, for the fuzzer: the real state machines of both ends, fed with any bytes."""
 
 import asyncio
-import gc
 import logging
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
+from fuzz.sides import Sides
 from hpack import Encoder
 from opentelemetry.trace import INVALID_SPAN
 
-from fuzz.sides import Sides
 from kvbaton.handoff.http2.calls import ClientCall
 from kvbaton.handoff.http2.endpoint import MAX_GATHERED_BYTES, Endpoint, Limits
 from kvbaton.handoff.http2.frames import ConnectionFault
 from kvbaton.handoff.http2.headers import Headers, request_headers
-from kvbaton.handoff.http2.incoming import ServedCall
+from kvbaton.handoff.http2.incoming import ServedCall, ServerStream
 from kvbaton.handoff.http2.rules import FrameRules
 from kvbaton.handoff.http2.streams import Stream, StreamEvents
-from kvbaton.handoff.receiver import IncomingTransfer
-from kvbaton.handoff.servicer import KvTransferServicer
+from kvbaton.handoff.servicer import TransferCall
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from support import http2_frames as http2
 from support.http2_frames import Http2Frame
@@ -40,9 +37,9 @@ def client(data: bytes) -> None:
     _run(_call, data)
 
 
-def _run(connection: "type[_serve] | object", data: bytes) -> None:
+def _run(connection: Callable[[bytes], None], data: bytes) -> None:
     async def run() -> None:
-        connection(data)  # type: ignore[operator]
+        connection(data)
 
     with _failures() as failed, asyncio.Runner() as runner:
         runner.run(run())
@@ -51,26 +48,26 @@ def _run(connection: "type[_serve] | object", data: bytes) -> None:
 
 def _serve(data: bytes) -> None:
     sides = Sides()
-    attempts: weakref.WeakSet[IncomingTransfer] = weakref.WeakSet()
+    calls: list[TransferCall] = []
+    ended: list[TransferCall] = []
 
-    def attempt() -> IncomingTransfer:
-        transfer = sides.attempt()
-        attempts.add(transfer)
-        return transfer
+    class Watched(TransferCall):
+        def on_end(self) -> None:
+            super().on_end()
+            ended.append(self)
 
-    methods = KvTransferServicer(attempt, sides.counters).methods
+    def begin(stream: ServerStream) -> TransferCall:
+        calls.append(Watched(sides.attempt(), stream, sides.counters))
+        return calls[-1]
 
     def accept(stream: Stream, headers: Headers) -> StreamEvents:
-        return ServedCall(methods, endpoint, stream, "fuzzer", lambda: None)
+        return ServedCall({METHOD: begin}, endpoint, stream, "fuzzer", lambda: None)
 
     endpoint = Endpoint(Limits(MAX_MESSAGE_BYTES), accept)
     _feed(endpoint, data)
     endpoint.lose_all("the end")
+    assert sorted(map(id, calls)) == sorted(map(id, ended)), "each call is told of its end, once"
     sides.check()
-    del accept
-    if attempts:
-        gc.collect()
-    assert not attempts, "a call was not told of its end"
 
 
 def _call(data: bytes) -> None:
@@ -87,22 +84,18 @@ def _call(data: bytes) -> None:
 
 def _feed(endpoint: Endpoint, data: bytes) -> None:
     """As `Carrier` does; the first byte says in pieces of which size."""
-    rules = FrameRules(endpoint)
-    reader, rest = rules.reader, memoryview(data)[1:]
+    rules, rest = FrameRules(endpoint), memoryview(data)[1:]
     size = (data[0] if data else 0) or len(rest)
-    try:
+    # Any other exception is a failure; the carrier would end the connection for it too, and say so in the log.
+    with suppress(ConnectionFault):
         while rest:
             piece, rest = rest[:size], rest[size:]
             while piece:
                 piece = _take(rules, piece)
             if size == 7:
                 rules.tick()
-    except ConnectionFault:
-        # As the carrier: the connection ends.
-        pass
     assert len(endpoint.out) < MAX_ANSWER_BYTES
     assert len(endpoint.streams) <= endpoint.limits.max_streams
-    del reader
     held = MAX_GATHERED_BYTES - endpoint._gathered._left
     assert 0 <= held <= len(data), "more is counted than has come"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fuzz import connections
 from fuzz.sides import Sides
+
 from kvbaton.engine.errors import NotFoundError, TransferRejectedError
 from kvbaton.handoff.codec import (
     Frame,

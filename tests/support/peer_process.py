@@ -1,7 +1,7 @@
-"""One end of the hand-off in a process of its own, to be killed or stopped: `python -m support.peer_process TICK receive`
-or `… TICK send ENDPOINT`. It takes commands on its standard input and answers each with a line of JSON.
+"""One end of the hand-off in a process of its own, to be killed or stopped.
 
-TICK is what the connection's clock counts in, a second in service.
+`python -m support.peer_process TICK receive` or `… TICK send ENDPOINT`: it takes commands on its standard input and
+answers each with a line of JSON. TICK is what the connection's clock counts in, a second in service.
 """
 
 import asyncio
@@ -92,7 +92,7 @@ async def _send(ends: Ends, command: dict[str, Any]) -> dict[str, Any]:
 
 async def _main(tick: str, role: str, endpoint: str = "") -> None:
     carrier.TICK_SECONDS = float(tick)
-    sender_module.FramePlanner = _planner  # type: ignore[assignment, misc]
+    setattr(sender_module, "FramePlanner", _planner)  # noqa: B010
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
