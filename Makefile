@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-leaks fuzz check format protos models cuda train bench-engine bench-chunks bench-handoff clean
+.PHONY: install demo test test-leaks fuzz check format protos models cuda train bench-engine bench-chunks bench-handoff bench-encodings clean
 
 install: $(INSTALLED)
 
@@ -69,6 +69,11 @@ bench-chunks: $(INSTALLED)
 bench-handoff: $(INSTALLED)
 	$(BIN)/python bench/handoff.py
 	$(BIN)/python bench/handoff_latency.py
+	$(BIN)/python bench/report.py
+
+# Half a minute.
+bench-encodings: $(INSTALLED)
+	$(BIN)/python bench/kv_encodings.py
 	$(BIN)/python bench/report.py
 
 train: $(INSTALLED)

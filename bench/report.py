@@ -1,6 +1,6 @@
 """Writes docs/benchmarks.md, and a chart beside it, from what the benchmarks left in build/bench.
 
-`make bench-engine`, `make bench-chunks` and `make bench-handoff` end with it.
+`make bench-engine`, `make bench-chunks`, `make bench-handoff` and `make bench-encodings` end with it.
 """
 
 import json
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import report_encodings
 
 import report_handoff
 
@@ -147,6 +149,7 @@ def page(
     chunks: dict[str, Any] | None,
     handoff: dict[str, Any] | None = None,
     latency: dict[str, Any] | None = None,
+    encodings: dict[str, Any] | None = None,
 ) -> str:
     """The whole page, with a section for each result that is there."""
     sections = [TITLE]
@@ -159,6 +162,8 @@ def page(
         sections.append(report_handoff.section(handoff))
     if latency is not None:
         sections.append(report_handoff.latency_section(latency))
+    if encodings is not None:
+        sections.append(report_encodings.section(encodings))
     return "\n".join(sections)
 
 
@@ -183,8 +188,9 @@ def _result(name: str) -> dict[str, Any] | None:
 
 def main() -> None:
     """Read the results, write the page and the charts."""
-    engine, chunks, handoff, latency = map(_result, ("engine", "chunks", "handoff", "handoff-latency"))
-    (ROOT / "docs" / "benchmarks.md").write_text(page(engine, chunks, handoff, latency))
+    names = ("engine", "chunks", "handoff", "handoff-latency", "kv_encodings")
+    engine, chunks, handoff, latency, encodings = map(_result, names)
+    (ROOT / "docs" / "benchmarks.md").write_text(page(engine, chunks, handoff, latency, encodings))
     if handoff is not None:
         (ROOT / "docs" / "benchmarks-handoff.svg").write_text(report_handoff.chart(handoff))
     if engine is not None:

@@ -151,6 +151,9 @@ def test_kv_comes_back_as_it_was_written(dtype: str) -> None:
     blocks, tokens = [7, 0, 3, 5], range(3, 61)
     payload = np.random.default_rng(0).bytes(geometry.span_bytes(0, 2, len(tokens)))
     fill(store.landing(range(2), blocks, tokens), payload)
+    landed = store.landed()
+    assert landed is not None
+    landed.wait()
     assert b"".join(store.read(range(2), blocks, tokens)) == payload
 
 

@@ -50,6 +50,9 @@ def test_moved_kv_gives_the_answers_of_transformers(architecture: str, tmp_path:
             sending.step(lambda: 0.0)
         layers, tokens = range(source.geometry.num_layers), range(len(prompt))
         fill(sink.landing(layers, received.blocks, tokens), b"".join(source.read(layers, sent.blocks, tokens)))
+        landed = sink.landed()
+        assert landed is not None
+        landed.wait()
         sender.remove(str(number), 0.0)
         receiver.kv_received(str(number), sent.output[0], 0.0)
         requests.append(received)

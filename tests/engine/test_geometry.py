@@ -57,3 +57,20 @@ def test_the_largest_window_speaks_for_all() -> None:
     whole, narrow, wide = (LayerGeometry(1, 1, 1, window) for window in (None, 4, 9))
     assert KvGeometry((narrow, whole, wide), "float32").window == 9
     assert KvGeometry((whole, whole), "float32").window is None
+
+
+@pytest.mark.parametrize(
+    ("encoding", "layers"),
+    [("", (112, 32)), ("bfloat16", (56, 16)), ("int8", (28 + 8, 8 + 4)), ("float8", (28 + 8, 8 + 4))],
+)
+@pytest.mark.parametrize("dtype", sorted(DTYPE_BYTES))
+def test_sizes_on_the_way(dtype: str, encoding: str, layers: tuple[int, ...]) -> None:
+    geometry = KvGeometry((LayerGeometry(2, 8, 6), LayerGeometry(1, 4, 4)), dtype)
+    expected = layers if encoding or dtype == "float32" else tuple(size // 2 for size in layers)
+    assert geometry.encoded(encoding).layer_token_bytes == expected
+    assert geometry.encoded(encoding).encoded("") == geometry
+
+
+def test_an_unknown_encoding_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"encoding 'int4' is not one of \['bfloat16', 'float8', 'int8'\]"):
+        KvGeometry((LayerGeometry(1, 1, 1),), "float32").encoded("int4")

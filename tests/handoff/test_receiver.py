@@ -112,6 +112,9 @@ def test_a_closed_ticket_is_not_found_and_closing_twice_is_harmless(receiver: Re
         receiver.begun()
 
 
+ROUNDED = fingerprint(kv_dtype="bfloat16", rounded_digest="ff")
+
+
 def geometry(**changes: Any) -> types.KvGeometry:
     changed = header(b"", TOKENS).geometry
     for field, value in changes.items():
@@ -134,6 +137,11 @@ def geometry(**changes: Any) -> types.KvGeometry:
         ({"geometry": geometry(num_kv_heads=9)}, "geometry.layer_groups"),
         ({"geometry": geometry(k_head_dim=9)}, "geometry.layer_groups"),
         ({"geometry": geometry(v_head_dim=9)}, "geometry.layer_groups"),
+        ({"geometry": geometry(window=9)}, "geometry.layer_groups"),
+        ({"encoding": "int4"}, r"encoding: sender has 'int4', receiver \['bfloat16', 'float8', 'int8'\]"),
+        ({"encoding": "int8", "geometry": geometry(k_head_dim=9)}, "geometry.layer_groups"),
+        ({"encoding": "int8", "fingerprint": fingerprint(weights_digest="ff")}, "fingerprint.weights_digest"),
+        ({"encoding": "int8", "fingerprint": ROUNDED}, "fingerprint.rounded_digest: sender has 'ff'"),
         ({"geometry": None}, "geometry.dtype: sender has ''"),
         ({"token_start": 0}, r"token range: sender offers range\(0, 10\), receiver needs range\(2, 10\)"),
         ({"token_stop": 11}, "token range"),

@@ -20,12 +20,12 @@ from kvbaton.handoff.frames import FRAME_BYTES, FramePlanner
 from kvbaton.handoff.http2.server import serving_kv
 from kvbaton.handoff.peers import PeerConnections
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
-from kvbaton.handoff.sender import METHOD, KvSender, OutgoingTransfer, SenderCounters, Target, TransferReport
+from kvbaton.handoff.sender import KvSender, OutgoingTransfer, SenderCounters, Target, TransferReport
 from kvbaton.handoff.servicer import SERVICE_NAME, KvTransferServicer
-from kvbaton.rpc.serving import Registration, channel, serving
+from kvbaton.rpc.serving import Registration, serving
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
-from support.fakes import GEOMETRY, PATIENCE, FakeStore, fingerprint, forever, header
+from support.fakes import GEOMETRY, PATIENCE, FakeStore, fingerprint, forever
 
 BLOCKS, SOURCE_BLOCKS = [9, 2, 11, 4], [0, 1, 2, 3]
 TOKENS = range(3, 16)
@@ -374,17 +374,6 @@ async def test_a_cancelled_sender_ends_the_stream_at_the_receiver() -> None:
             sending.cancel()
         assert sending.cancelled()
         await ended.wait()
-
-
-async def test_malformed_bytes_are_refused_with_their_problem(pair: Pair) -> None:
-    async with channel(pair.address) as opened:
-        call: Any = opened.stream_stream(METHOD, response_deserializer=pb.TransferResponse.FromString)(timeout=PATIENCE)
-        await call.write(pb.TransferRequest(header=header(pair.reservation.ticket, TOKENS)).SerializeToString())
-        assert (await call.read()).HasField("ready")
-        await call.write(b"\xff")
-        assert "malformed message: the message ends within a number" in (await call.read()).rejected.reason
-        assert await call.read() is grpc.aio.EOF
-        assert pair.received.transfers_rejected == 1
 
 
 async def test_layers_reported_from_many_threads_wake_the_sender(pair: Pair) -> None:

@@ -161,7 +161,9 @@ def test_equal_models_have_equal_digests_and_others_do_not(llama: Path) -> None:
 
     first = digest()
     assert digest() == first
-    assert load_model(str(llama), "bfloat16", "cpu").weights_digest != first
+    in_float32, in_bfloat16 = (load_model(str(llama), dtype, "cpu") for dtype in ("float32", "bfloat16"))
+    assert in_bfloat16.weights_digest != first
+    assert in_bfloat16.rounded_digest == in_float32.rounded_digest != first
     edit_weights(llama, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * 1.001}))
     changed = digest()
     assert changed != first

@@ -121,6 +121,24 @@ CONTRADICTIONS = [
 ]
 
 
+OTHER_DTYPE = model_info(fingerprint=fingerprint(kv_dtype="bfloat16", weights_digest="ff"))
+
+
+@pytest.mark.parametrize("order", ["pd", "dp"])
+def test_dtypes_may_differ_where_kv_is_encoded_on_its_way(known: Known, order: str) -> None:
+    for kind in order:
+        if kind == "p":
+            known.seen(known.p1, kv_encoding="int8")
+        else:
+            known.seen(known.d1, model=OTHER_DTYPE)
+    assert known.registry.ready
+    known.seen(known.d1, model=OTHER_DTYPE)
+    assert known.d1.problem == ""
+    other = fingerprint(kv_dtype="bfloat16", weights_digest="X", rounded_digest="X")
+    known.seen(known.d1, model=model_info(fingerprint=other))
+    assert "d1:1 serves weights 'X'" in known.d1.problem
+
+
 @pytest.mark.parametrize(("changes", "problem"), CONTRADICTIONS)
 def test_a_contradiction_before_the_first_readiness_ends_the_router(
     known: Known, changes: dict[str, Any], problem: str

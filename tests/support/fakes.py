@@ -8,10 +8,12 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from kvbaton.engine.core import Engine
+from kvbaton.engine.errors import UnavailableError
 from kvbaton.engine.geometry import DTYPE_BYTES, KvGeometry, LayerGeometry
-from kvbaton.engine.kv_store import Landing, Pending, Reading, SharedMemory
+from kvbaton.engine.kv_store import ForeignPool, KvStore, Landing, Pending, Reading, SharedMemory
 from kvbaton.engine.output import SampledToken, StepOutput
 from kvbaton.engine.pool import BlockPool
+from kvbaton.engine.pool_layout import PoolLayout
 from kvbaton.engine.scheduler import Batch, Limits, Scheduler
 from kvbaton.handoff import wire
 from kvbaton.handoff.codec import crc32c
@@ -37,7 +39,13 @@ BLOCK_SIZE = 4
 
 def fingerprint(**changes: str) -> types_pb2.ModelFingerprint:
     """The fakes' model, or one that differs in some fields."""
-    values = {"architecture": "FakeForCausalLM", "weights_digest": "00ff", "kv_dtype": "float32", **changes}
+    values = {
+        "architecture": "FakeForCausalLM",
+        "weights_digest": "00ff",
+        "kv_dtype": "float32",
+        "rounded_digest": "0f",
+        **changes,
+    }
     return types_pb2.ModelFingerprint(**values)
 
 
@@ -94,6 +102,18 @@ class FakeStore:
             ],
             lambda: None,
         )
+
+    def checksum(self, layers: range, blocks: Sequence[int], tokens: range) -> int:
+        return crc32c(self.read(layers, blocks, tokens))
+
+    def map_foreign(self, descriptor: int, layout: PoolLayout) -> ForeignPool:
+        raise UnavailableError("a fake maps nothing")
+
+    def encoded(self, encoding: str) -> KvStore:
+        # Without torch, and without numba, as long as nobody asks for it.
+        from kvbaton.model.encoded_store import EncodedStore
+
+        return EncodedStore(self, encoding) if encoding else self
 
     def read_ahead(self, layers: range, blocks: Sequence[int], tokens: range) -> Reading:
         return Reading(self.read(layers, blocks, tokens), None, lambda: None)

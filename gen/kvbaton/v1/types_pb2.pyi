@@ -174,14 +174,16 @@ class Timings(_message.Message):
     def __init__(self, decode_admit_seconds: _Optional[float] = ..., prefill_queue_seconds: _Optional[float] = ..., prefill_compute_seconds: _Optional[float] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ..., decode_wait_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., time_to_first_token_seconds: _Optional[float] = ..., second_token_gap_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ...) -> None: ...
 
 class ModelFingerprint(_message.Message):
-    __slots__ = ("architecture", "weights_digest", "kv_dtype")
+    __slots__ = ("architecture", "weights_digest", "kv_dtype", "rounded_digest")
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ROUNDED_DIGEST_FIELD_NUMBER: _ClassVar[int]
     architecture: str
     weights_digest: str
     kv_dtype: str
-    def __init__(self, architecture: _Optional[str] = ..., weights_digest: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
+    rounded_digest: str
+    def __init__(self, architecture: _Optional[str] = ..., weights_digest: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., rounded_digest: _Optional[str] = ...) -> None: ...
 
 class LayerGroup(_message.Message):
     __slots__ = ("num_layers", "num_kv_heads", "k_head_dim", "v_head_dim", "window")

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from kvbaton.v1 import types_pb2 as kvbaton_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvbaton/v1/worker.proto\x12\nkvbaton.v1\x1a\x16kvbaton/v1/types.proto\"2\n\x12WatchStatusRequest\x12\x1c\n\x14min_interval_seconds\x18\x01 \x01(\x01\"\x12\n\x10GetStatusRequest\"\xaa\x01\n\x10SetLimitsRequest\x12\x1f\n\x12max_prefill_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fmax_decode_seqs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rtarget_itl_ms\x18\x03 \x01(\x02H\x02\x88\x01\x01\x42\x15\n\x13_max_prefill_tokensB\x12\n\x10_max_decode_seqsB\x10\n\x0e_target_itl_ms\"=\n\x11SetLimitsResponse\x12(\n\x06limits\x18\x01 \x01(\x0b\x32\x18.kvbaton.v1.EngineLimits\"Z\n\x0c\x45ngineLimits\x12\x1a\n\x12max_prefill_tokens\x18\x01 \x01(\r\x12\x17\n\x0fmax_decode_seqs\x18\x02 \x01(\r\x12\x15\n\rtarget_itl_ms\x18\x03 \x01(\x02\"\xf3\x02\n\x0cWorkerStatus\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.kvbaton.v1.WorkerRole\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x05model\x18\x03 \x01(\x0b\x32\x15.kvbaton.v1.ModelInfo\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12$\n\x04pool\x18\x05 \x01(\x0b\x32\x16.kvbaton.v1.PoolStatus\x12\'\n\x06queues\x18\x06 \x01(\x0b\x32\x17.kvbaton.v1.QueueStatus\x12,\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x1a.kvbaton.v1.WorkerCounters\x12(\n\x06limits\x18\x08 \x01(\x0b\x32\x18.kvbaton.v1.EngineLimits\x12\x0f\n\x07kv_port\x18\t \x01(\r\x12\x13\n\x0bkv_endpoint\x18\n \x01(\t\x12#\n\x05links\x18\x0b \x03(\x0b\x32\x14.kvbaton.v1.PeerLink\"Y\n\x08PeerLink\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x18\n\x10\x62ytes_per_second\x18\x04 \x01(\x01\"h\n\nPoolStatus\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x04 \x01(\r\"\x80\x01\n\x0bQueueStatus\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x16\n\x0enum_prefilling\x18\x02 \x01(\r\x12\x17\n\x0fnum_handing_off\x18\x03 \x01(\r\x12\x15\n\rnum_receiving\x18\x04 \x01(\r\x12\x14\n\x0cnum_decoding\x18\x05 \x01(\r\"\xf9\x02\n\x0eWorkerCounters\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x1f\n\x17prefill_tokens_computed\x18\x02 \x01(\x04\x12\x1e\n\x16\x64\x65\x63ode_tokens_computed\x18\x03 \x01(\x04\x12\x15\n\rkv_bytes_sent\x18\x04 \x01(\x04\x12\x19\n\x11kv_bytes_received\x18\x05 \x01(\x04\x12\x19\n\x11transfers_applied\x18\x06 \x01(\x04\x12\x1a\n\x12transfers_rejected\x18\x07 \x01(\x04\x12\x19\n\x11requests_finished\x18\x08 \x01(\x04\x12\x1a\n\x12requests_cancelled\x18\t \x01(\x04\x12\x1d\n\x15prefix_tokens_queried\x18\n \x01(\x04\x12\x19\n\x11prefix_tokens_hit\x18\x0b \x01(\x04\x12\x1a\n\x12requests_preempted\x18\x0c \x01(\x04\x12\x1d\n\x15requests_not_a_number\x18\r \x01(\x04*s\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x17\n\x13WORKER_ROLE_UNIFIED\x10\x03\x32\xe9\x01\n\rWorkerService\x12I\n\x0bWatchStatus\x12\x1e.kvbaton.v1.WatchStatusRequest\x1a\x18.kvbaton.v1.WorkerStatus0\x01\x12\x43\n\tGetStatus\x12\x1c.kvbaton.v1.GetStatusRequest\x1a\x18.kvbaton.v1.WorkerStatus\x12H\n\tSetLimits\x12\x1c.kvbaton.v1.SetLimitsRequest\x1a\x1d.kvbaton.v1.SetLimitsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvbaton/v1/worker.proto\x12\nkvbaton.v1\x1a\x16kvbaton/v1/types.proto\"2\n\x12WatchStatusRequest\x12\x1c\n\x14min_interval_seconds\x18\x01 \x01(\x01\"\x12\n\x10GetStatusRequest\"\xaa\x01\n\x10SetLimitsRequest\x12\x1f\n\x12max_prefill_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fmax_decode_seqs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rtarget_itl_ms\x18\x03 \x01(\x02H\x02\x88\x01\x01\x42\x15\n\x13_max_prefill_tokensB\x12\n\x10_max_decode_seqsB\x10\n\x0e_target_itl_ms\"=\n\x11SetLimitsResponse\x12(\n\x06limits\x18\x01 \x01(\x0b\x32\x18.kvbaton.v1.EngineLimits\"Z\n\x0c\x45ngineLimits\x12\x1a\n\x12max_prefill_tokens\x18\x01 \x01(\r\x12\x17\n\x0fmax_decode_seqs\x18\x02 \x01(\r\x12\x15\n\rtarget_itl_ms\x18\x03 \x01(\x02\"\x88\x03\n\x0cWorkerStatus\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.kvbaton.v1.WorkerRole\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x05model\x18\x03 \x01(\x0b\x32\x15.kvbaton.v1.ModelInfo\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12$\n\x04pool\x18\x05 \x01(\x0b\x32\x16.kvbaton.v1.PoolStatus\x12\'\n\x06queues\x18\x06 \x01(\x0b\x32\x17.kvbaton.v1.QueueStatus\x12,\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x1a.kvbaton.v1.WorkerCounters\x12(\n\x06limits\x18\x08 \x01(\x0b\x32\x18.kvbaton.v1.EngineLimits\x12\x0f\n\x07kv_port\x18\t \x01(\r\x12\x13\n\x0bkv_endpoint\x18\n \x01(\t\x12#\n\x05links\x18\x0b \x03(\x0b\x32\x14.kvbaton.v1.PeerLink\x12\x13\n\x0bkv_encoding\x18\x0c \x01(\t\"Y\n\x08PeerLink\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x18\n\x10\x62ytes_per_second\x18\x04 \x01(\x01\"h\n\nPoolStatus\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x04 \x01(\r\"\x80\x01\n\x0bQueueStatus\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x16\n\x0enum_prefilling\x18\x02 \x01(\r\x12\x17\n\x0fnum_handing_off\x18\x03 \x01(\r\x12\x15\n\rnum_receiving\x18\x04 \x01(\r\x12\x14\n\x0cnum_decoding\x18\x05 \x01(\r\"\xf9\x02\n\x0eWorkerCounters\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x1f\n\x17prefill_tokens_computed\x18\x02 \x01(\x04\x12\x1e\n\x16\x64\x65\x63ode_tokens_computed\x18\x03 \x01(\x04\x12\x15\n\rkv_bytes_sent\x18\x04 \x01(\x04\x12\x19\n\x11kv_bytes_received\x18\x05 \x01(\x04\x12\x19\n\x11transfers_applied\x18\x06 \x01(\x04\x12\x1a\n\x12transfers_rejected\x18\x07 \x01(\x04\x12\x19\n\x11requests_finished\x18\x08 \x01(\x04\x12\x1a\n\x12requests_cancelled\x18\t \x01(\x04\x12\x1d\n\x15prefix_tokens_queried\x18\n \x01(\x04\x12\x19\n\x11prefix_tokens_hit\x18\x0b \x01(\x04\x12\x1a\n\x12requests_preempted\x18\x0c \x01(\x04\x12\x1d\n\x15requests_not_a_number\x18\r \x01(\x04*s\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x17\n\x13WORKER_ROLE_UNIFIED\x10\x03\x32\xe9\x01\n\rWorkerService\x12I\n\x0bWatchStatus\x12\x1e.kvbaton.v1.WatchStatusRequest\x1a\x18.kvbaton.v1.WorkerStatus0\x01\x12\x43\n\tGetStatus\x12\x1c.kvbaton.v1.GetStatusRequest\x1a\x18.kvbaton.v1.WorkerStatus\x12H\n\tSetLimits\x12\x1c.kvbaton.v1.SetLimitsRequest\x1a\x1d.kvbaton.v1.SetLimitsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvbaton.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=1545
-  _globals['_WORKERROLE']._serialized_end=1660
+  _globals['_WORKERROLE']._serialized_start=1566
+  _globals['_WORKERROLE']._serialized_end=1681
   _globals['_WATCHSTATUSREQUEST']._serialized_start=63
   _globals['_WATCHSTATUSREQUEST']._serialized_end=113
   _globals['_GETSTATUSREQUEST']._serialized_start=115
@@ -45,15 +45,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINELIMITS']._serialized_start=371
   _globals['_ENGINELIMITS']._serialized_end=461
   _globals['_WORKERSTATUS']._serialized_start=464
-  _globals['_WORKERSTATUS']._serialized_end=835
-  _globals['_PEERLINK']._serialized_start=837
-  _globals['_PEERLINK']._serialized_end=926
-  _globals['_POOLSTATUS']._serialized_start=928
-  _globals['_POOLSTATUS']._serialized_end=1032
-  _globals['_QUEUESTATUS']._serialized_start=1035
-  _globals['_QUEUESTATUS']._serialized_end=1163
-  _globals['_WORKERCOUNTERS']._serialized_start=1166
-  _globals['_WORKERCOUNTERS']._serialized_end=1543
-  _globals['_WORKERSERVICE']._serialized_start=1663
-  _globals['_WORKERSERVICE']._serialized_end=1896
+  _globals['_WORKERSTATUS']._serialized_end=856
+  _globals['_PEERLINK']._serialized_start=858
+  _globals['_PEERLINK']._serialized_end=947
+  _globals['_POOLSTATUS']._serialized_start=949
+  _globals['_POOLSTATUS']._serialized_end=1053
+  _globals['_QUEUESTATUS']._serialized_start=1056
+  _globals['_QUEUESTATUS']._serialized_end=1184
+  _globals['_WORKERCOUNTERS']._serialized_start=1187
+  _globals['_WORKERCOUNTERS']._serialized_end=1564
+  _globals['_WORKERSERVICE']._serialized_start=1684
+  _globals['_WORKERSERVICE']._serialized_end=1917
 # @@protoc_insertion_point(module_scope)

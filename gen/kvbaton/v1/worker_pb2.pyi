@@ -56,7 +56,7 @@ class EngineLimits(_message.Message):
     def __init__(self, max_prefill_tokens: _Optional[int] = ..., max_decode_seqs: _Optional[int] = ..., target_itl_ms: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("role", "incarnation", "model", "draining", "pool", "queues", "counters", "limits", "kv_port", "kv_endpoint", "links")
+    __slots__ = ("role", "incarnation", "model", "draining", "pool", "queues", "counters", "limits", "kv_port", "kv_endpoint", "links", "kv_encoding")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class WorkerStatus(_message.Message):
     KV_PORT_FIELD_NUMBER: _ClassVar[int]
     KV_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
+    KV_ENCODING_FIELD_NUMBER: _ClassVar[int]
     role: WorkerRole
     incarnation: str
     model: _types_pb2.ModelInfo
@@ -79,7 +80,8 @@ class WorkerStatus(_message.Message):
     kv_port: int
     kv_endpoint: str
     links: _containers.RepeatedCompositeFieldContainer[PeerLink]
-    def __init__(self, role: _Optional[_Union[WorkerRole, str]] = ..., incarnation: _Optional[str] = ..., model: _Optional[_Union[_types_pb2.ModelInfo, _Mapping]] = ..., draining: bool = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., queues: _Optional[_Union[QueueStatus, _Mapping]] = ..., counters: _Optional[_Union[WorkerCounters, _Mapping]] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., kv_port: _Optional[int] = ..., kv_endpoint: _Optional[str] = ..., links: _Optional[_Iterable[_Union[PeerLink, _Mapping]]] = ...) -> None: ...
+    kv_encoding: str
+    def __init__(self, role: _Optional[_Union[WorkerRole, str]] = ..., incarnation: _Optional[str] = ..., model: _Optional[_Union[_types_pb2.ModelInfo, _Mapping]] = ..., draining: bool = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., queues: _Optional[_Union[QueueStatus, _Mapping]] = ..., counters: _Optional[_Union[WorkerCounters, _Mapping]] = ..., limits: _Optional[_Union[EngineLimits, _Mapping]] = ..., kv_port: _Optional[int] = ..., kv_endpoint: _Optional[str] = ..., links: _Optional[_Iterable[_Union[PeerLink, _Mapping]]] = ..., kv_encoding: _Optional[str] = ...) -> None: ...
 
 class PeerLink(_message.Message):
     __slots__ = ("endpoint", "transport", "reason", "bytes_per_second")

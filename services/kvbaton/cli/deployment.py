@@ -13,6 +13,7 @@ from kvbaton.engine.errors import StartupError
 from kvbaton.rpc.config import grace_option, option, port_option
 from kvbaton.rpc.serving import probe
 from kvbaton.text.bundled import DEFAULT_MODEL
+from kvbaton.worker.config import kv_encoding_option
 
 MAX_LINE_BYTES = 8192
 """How much of a log line is shown."""
@@ -48,6 +49,7 @@ class UpConfig:
         0, "Prompt tokens a worker computes in one step. 0: 2048 on prefill workers, 512 on unified ones.", minimum=0
     )
     max_decode_seqs: int = option(256, "Sequences a worker steps together.", minimum=1)
+    kv_encoding: str = kv_encoding_option()
     grace_seconds: float = grace_option("After Ctrl-C: seconds for running requests to finish.")
 
 
@@ -133,7 +135,9 @@ async def _start_all(
     shared.append(f"--memory-share={1 / (config.prefill + config.decode + config.unified):.3f}")
     if config.trust_remote_code:
         shared.append("--trust-remote-code")
-    prefill_flags = _flags(config, "max_prefill_tokens") if config.max_prefill_tokens else []
+    prefill_flags = _flags(config, "kv_encoding")
+    if config.max_prefill_tokens:
+        prefill_flags += _flags(config, "max_prefill_tokens")
     decode_flags = _flags(config, "max_decode_seqs")
     for kind, number, flags, processes in (
         ("prefill", config.prefill, prefill_flags, deployment.prefill),

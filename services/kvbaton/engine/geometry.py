@@ -1,11 +1,23 @@
 """The shape of the KV cache: what one token leaves behind in every layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 """Size of one element, in bytes, of each KV dtype that kvbaton can hold and move."""
+
+AS_IT_IS = ""
+"""The encoding of KV that travels as it lies in the sender's memory."""
+
+ENCODING_BYTES = {"bfloat16": 2, "int8": 1, "float8": 1}
+"""Size of one element, in bytes, of each encoding that KV can be converted to for its way."""
+
+SCALED = frozenset({"int8", "float8"})
+"""Encodings with a scale for each token and head, of K and of V."""
+
+SCALE_BYTES = 2
+"""Size of a scale, which is a bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +42,15 @@ class KvGeometry:
 
     layers: tuple[LayerGeometry, ...]
     dtype: str
+    """Of its elements in memory."""
+    encoding: str = AS_IT_IS
+    """What they are converted to; all sizes are then those of what travels."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {sorted(DTYPE_BYTES)}")
+        if self.encoding not in (AS_IT_IS, *ENCODING_BYTES):
+            raise ValueError(f"encoding {self.encoding!r} is not one of {sorted(ENCODING_BYTES)}")
         if not self.layers:
             raise ValueError("a model without attention layers has no KV")
 
@@ -50,8 +67,9 @@ class KvGeometry:
     @cached_property
     def layer_token_bytes(self) -> tuple[int, ...]:
         """Bytes that one token takes, by layer."""
-        size = DTYPE_BYTES[self.dtype]
-        return tuple(layer.elements_per_token * size for layer in self.layers)
+        size = ENCODING_BYTES.get(self.encoding) or DTYPE_BYTES[self.dtype]
+        scale = 2 * SCALE_BYTES if self.encoding in SCALED else 0
+        return tuple(layer.elements_per_token * size + layer.num_kv_heads * scale for layer in self.layers)
 
     @cached_property
     def token_bytes(self) -> int:
@@ -76,3 +94,7 @@ class KvGeometry:
     def from_groups(cls, groups: Sequence[tuple[int, LayerGeometry]], dtype: str) -> "KvGeometry":
         """Inverse of `groups`. Raises ValueError for an unknown dtype or no layers."""
         return cls(tuple(layer for count, layer in groups for _ in range(count)), dtype)
+
+    def encoded(self, encoding: str) -> "KvGeometry":
+        """The same KV on its way in `encoding`. Raises ValueError for an unknown one."""
+        return replace(self, encoding=encoding)

@@ -59,6 +59,27 @@ class SharedMemory:
     """The layout's probe area, writable."""
 
 
+class ForeignPool(Protocol):
+    """A sender's pool, as the receiver sees it: read, never written."""
+
+    def probe(self, num_bytes: int) -> tuple[int, float]:
+        """CRC32C of the first `num_bytes` bytes of probe memory, and the seconds that one copy of them took."""
+        ...
+
+    def copy(self, layers: range, theirs: Sequence[int], tokens: range, blocks: Sequence[int]) -> int | None:
+        """Copy the KV of `tokens` into our own store and return the payload's CRC32C, as it would be on the wire.
+
+        `theirs` are the sender's blocks, of which the first holds `tokens.start`; `blocks` is the whole block list of
+        our own request. None where the copy is made by a device that computes no checksums. Raises
+        TransferRejectedError for blocks that the sender does not have.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the memory. Never called while a copy runs."""
+        ...
+
+
 class KvStore(Protocol):
     """KV memory of one worker, addressed by layer, block list and token.
 
@@ -81,6 +102,24 @@ class KvStore(Protocol):
         """The KV of `tokens` in `layers`, as parts which one after the other are a payload.
 
         They may be views of the memory itself, and so hold good as long as the blocks are held.
+        """
+        ...
+
+    def checksum(self, layers: range, blocks: Sequence[int], tokens: range) -> int:
+        """CRC32C of the payload that `read` would give, and much cheaper than that of its parts one by one."""
+        ...
+
+    def map_foreign(self, descriptor: int, layout: PoolLayout) -> ForeignPool:
+        """Another process's pool, to be copied from into this one. The descriptor stays the caller's.
+
+        Raises UnavailableError where this one is not in host memory, or for memory or a layout that cannot be trusted.
+        """
+        ...
+
+    def encoded(self, encoding: str) -> "KvStore":
+        """The same memory, whose payloads are as `encoding` has them; itself for none.
+
+        Raises ValueError for an unknown encoding.
         """
         ...
 

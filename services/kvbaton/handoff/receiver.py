@@ -187,17 +187,21 @@ class IncomingTransfer:
         if self._reservation is not None:
             raise TransferRejectedError("header: a second one")
         reservation = self._book.find(header.ticket)
-        problem = wire.fingerprint_problem(self._fingerprint, header.fingerprint)
-        problem = problem or wire.geometry_problem(self._store.geometry, header.geometry)
+        encoding = header.encoding
+        problem = wire.encoding_problem(encoding)
+        problem = problem or wire.fingerprint_problem(self._fingerprint, header.fingerprint, encoding)
+        problem = problem or wire.geometry_problem(self._store.geometry, header.geometry, encoding)
         if problem is None and (header.token_start, header.token_stop) != (
             reservation.tokens.start,
             reservation.tokens.stop,
         ):
             offered, wanted = range(header.token_start, header.token_stop), reservation.tokens
             problem = f"token range: sender offers {offered}, receiver needs {wanted}"
-        transport = next((name for name in header.transports if name in self._links.allowed), None)
+        # What lies in the sender's memory is not encoded.
+        allowed = [name for name in self._links.allowed if name == GRPC or not encoding]
+        transport = next((name for name in header.transports if name in allowed), None)
         if problem is None and transport is None:
-            problem = f"transports: sender offers {list(header.transports)}, receiver has {list(self._links.allowed)}"
+            problem = f"transports: sender offers {list(header.transports)}, receiver has {allowed}"
         if problem is not None or transport is None:
             raise TransferRejectedError(problem)
         if transport != GRPC:
@@ -207,6 +211,7 @@ class IncomingTransfer:
                 raise TransferRejectedError(f"attempt: {header.attempt} is not above {reservation.attempt}")
             reservation.attempt = header.attempt
         self._attempt = header.attempt
+        self._store = self._store.encoded(encoding)
         self._coverage = Coverage(self._store.geometry, reservation.tokens, reservation.window_start)
         self._reservation = reservation
         self._store.landings_follow_engine()

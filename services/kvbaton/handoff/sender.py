@@ -21,6 +21,7 @@ from kvbaton.handoff.conversation import Conversation
 from kvbaton.handoff.frames import FramePlanner, Rectangle
 from kvbaton.handoff.http2.calls import StreamEndedError
 from kvbaton.handoff.http2.client import Connection
+from kvbaton.handoff.reading_ahead import ReadingAhead
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
 
@@ -133,6 +134,11 @@ class OutgoingTransfer:
                     return None
             await self._changed.wait()
 
+    def next_ready(self) -> Rectangle | None:
+        """Sender's loop: the next rectangle, if it is worth a frame now."""
+        with self._lock:
+            return self._planner.next()
+
     def _wake(self) -> None:
         # One wake-up is enough for any number of layers; each costs a system call.
         if self._loop is not None and not self._wake_pending:
@@ -150,11 +156,16 @@ class KvSender:
         host: types.HostIdentity,
         counters: SenderCounters,
     ) -> None:
-        """`fingerprint` and `host` are this worker's own."""
+        """`fingerprint` and `host` are this worker's own; `store` is encoded as its payloads shall be."""
         self._store = store
         self._fingerprint = fingerprint
         self._host = host
         self._counters = counters
+
+    @property
+    def geometry(self) -> KvGeometry:
+        """That of what travels."""
+        return self._store.geometry
 
     async def send(
         self, connection: Connection, target: Target, outgoing: OutgoingTransfer, timeout: float | None
@@ -192,9 +203,10 @@ class KvSender:
 
     async def _frames(self, conversation: Conversation, target: Target, outgoing: OutgoingTransfer) -> None:
         digest, report = RunningDigest(), outgoing.report
-        while (rectangle := await outgoing.next()) is not None:
+        payloads = ReadingAhead(self._store, outgoing)
+        while (payload := await payloads.next()) is not None:
+            rectangle, parts = payload
             layers, tokens = rectangle.layers, rectangle.tokens
-            parts = self._store.read(layers, outgoing.blocks, tokens)
             info = pb.FrameInfo(
                 number=report.frames,
                 attempt=target.attempt,
@@ -230,4 +242,5 @@ class KvSender:
             token_stop=target.tokens.stop,
             transports=["grpc"],
             host=self._host,
+            encoding=self._store.geometry.encoding,
         )

@@ -4,10 +4,12 @@ The sender offers its pool (`SharedPool`); the receiver opens it (`PoolOpener`) 
 conversation of a link knows nothing else of either.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
+from kvbaton.engine.kv_store import ForeignPool
 from kvbaton.v1 import kv_transfer_pb2 as pb
+
+__all__ = ["ForeignPool", "PoolOpener", "SharedPool"]
 
 
 class SharedPool(Protocol):
@@ -33,27 +35,6 @@ class SharedPool(Protocol):
 
     def write_probe(self, pattern: bytes) -> None:
         """Put a pattern where the receiver looks for it; links take turns. On return the receiver can see it."""
-        ...
-
-
-class ForeignPool(Protocol):
-    """A sender's pool, as the receiver sees it: read, never written."""
-
-    def probe(self, num_bytes: int) -> tuple[int, float]:
-        """CRC32C of the first `num_bytes` bytes of probe memory, and the seconds that one copy of them took."""
-        ...
-
-    def copy(self, layers: range, theirs: Sequence[int], tokens: range, blocks: Sequence[int]) -> int | None:
-        """Copy the KV of `tokens` into our own store and return the payload's CRC32C, as it would be on the wire.
-
-        `theirs` are the sender's blocks, of which the first holds `tokens.start`; `blocks` is the whole block list of
-        our own request. None where the copy is made by a device that computes no checksums. Raises
-        TransferRejectedError for blocks that the sender does not have.
-        """
-        ...
-
-    def close(self) -> None:
-        """Let go of the memory. Never called while a copy runs."""
         ...
 
 

@@ -1,6 +1,6 @@
 """The protobuf faces of values that both ends of a transfer compare."""
 
-from kvbaton.engine.geometry import KvGeometry, LayerGeometry
+from kvbaton.engine.geometry import AS_IT_IS, ENCODING_BYTES, KvGeometry, LayerGeometry
 from kvbaton.engine.pool_layout import PoolLayout
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from kvbaton.v1 import types_pb2 as types
@@ -23,18 +23,33 @@ def geometry_to_proto(geometry: KvGeometry) -> types.KvGeometry:
     )
 
 
-def fingerprint_problem(ours: types.ModelFingerprint, theirs: types.ModelFingerprint) -> str | None:
-    """The first field in which two models differ, with both values; None when they are the same."""
-    for field in ("architecture", "weights_digest", "kv_dtype"):
+def fingerprint_problem(
+    ours: types.ModelFingerprint, theirs: types.ModelFingerprint, encoding: str = AS_IT_IS
+) -> str | None:
+    """The first field in which two models differ, with both values; None when they are the same.
+
+    Where KV travels in an `encoding`, the two may hold it in different dtypes, and then weights as well.
+    """
+    fields = ["architecture", "weights_digest", "kv_dtype"]
+    if encoding and ours.kv_dtype != theirs.kv_dtype:
+        fields = ["architecture", "rounded_digest"]
+    for field in fields:
         mine, other = getattr(ours, field), getattr(theirs, field)
         if mine != other:
             return f"fingerprint.{field}: sender has {_shown(other)}, receiver {mine!r}"
     return None
 
 
-def geometry_problem(ours: KvGeometry, theirs: types.KvGeometry) -> str | None:
-    """Where a sender's geometry differs from ours; None when it is the same."""
-    if theirs.dtype != ours.dtype:
+def encoding_problem(encoding: str) -> str | None:
+    """What speaks against the encoding that a sender declares; None when it is known."""
+    if encoding in (AS_IT_IS, *ENCODING_BYTES):
+        return None
+    return f"encoding: sender has {_shown(encoding)}, receiver {sorted(ENCODING_BYTES)}"
+
+
+def geometry_problem(ours: KvGeometry, theirs: types.KvGeometry, encoding: str = AS_IT_IS) -> str | None:
+    """Where a sender's geometry differs from ours; None when it is the same, but for the dtype of encoded KV."""
+    if theirs.dtype != ours.dtype and not encoding:
         return f"geometry.dtype: sender has {_shown(theirs.dtype)}, receiver {ours.dtype!r}"
     num_groups = len(ours.groups())
     if len(theirs.layer_groups) != num_groups:

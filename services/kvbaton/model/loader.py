@@ -43,6 +43,7 @@ class LoadedModel:
     geometry: KvGeometry
     architecture: str
     weights_digest: str
+    rounded_digest: str
     weights_bytes: int
     vocab_size: int
     max_model_len: int
@@ -70,7 +71,8 @@ def load_model(
         raise StartupError(f"model {path!r} has dtype {kv_dtype}; choose one of {sorted(DTYPES)}")
     geometry = try_out(model, attention, kv_dtype, path)
     max_model_len = context_length(model, path)
-    digest, weights_bytes = weights_digest(model), sum(parameter.nbytes for parameter in model.parameters())
+    digests = weights_digest(model), weights_digest(model, rounded=True)
+    weights_bytes = sum(parameter.nbytes for parameter in model.parameters())
     forward: Forward | None = plain_forward(model)
     if target.type == "cpu" and optimized:
         keep_freed_memory()
@@ -86,7 +88,8 @@ def load_model(
         device=target,
         geometry=geometry,
         architecture=type(model).__name__,
-        weights_digest=digest,
+        weights_digest=digests[0],
+        rounded_digest=digests[1],
         weights_bytes=weights_bytes,
         vocab_size=int(model.config.get_text_config().vocab_size),
         max_model_len=max_model_len,
@@ -104,18 +107,22 @@ def _backend(device: torch.device) -> AttentionBackend:
     return cuda_attention()
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: torch.nn.Module, *, rounded: bool = False) -> str:
     """Hex digest of every parameter's name, shape, dtype and some values spread over it.
 
     Two revisions of one model differ in nearly every value, so a sample tells them apart without reading gigabytes.
+    With `rounded` values are taken as bfloat16 has them, and dtypes left out: that of a model is then the same in
+    whichever dtype it was loaded.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {'' if rounded else tensor.dtype}\n".encode())
         flat = tensor.reshape(-1)
         picks = torch.linspace(0, max(flat.numel() - 1, 0), _DIGEST_SAMPLES, dtype=torch.float64).long()
         if flat.numel():
-            digest.update(flat[picks.to(flat.device)].double().cpu().numpy().tobytes())
+            values = flat[picks.to(flat.device)]
+            values = values.bfloat16() if rounded else values
+            digest.update(values.double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

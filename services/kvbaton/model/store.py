@@ -4,12 +4,17 @@ import math
 from collections.abc import Sequence
 
 import torch
+from crc32c import crc32c
 
+from kvbaton.engine.errors import UnavailableError
 from kvbaton.engine.geometry import KvGeometry
-from kvbaton.engine.kv_store import Landing, Pending, Reading, SharedMemory
-from kvbaton.engine.pool_layout import lay_out
+from kvbaton.engine.kv_store import KvStore, Landing, Pending, Reading, SharedMemory
+from kvbaton.engine.pool_layout import PoolLayout, lay_out
 from kvbaton.engine.runs import slot_runs
 from kvbaton.model.cuda.copies import DevicePool, DeviceStream, KvCopies
+from kvbaton.model.encoded_store import EncodedStore
+from kvbaton.model.foreign_pool import ForeignMemory
+from kvbaton.model.host_pool import HostPool, warm_up
 from kvbaton.model.pool_memory import pool_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,10 +52,12 @@ class TorchKvStore:
             self.values.append(self._tensor(self.layout.v_offsets[number], (*shape, layer.v_head_dim)))
         self._copies: KvCopies | None = None
         self._bytes: list[list[tuple[int, memoryview]]] = []
+        self._host: HostPool | None = None
         if device.type == "cuda":
             pool = DevicePool(self.memory.tensor, self.layout, geometry)
             self._copies = KvCopies(pool, DeviceStream(device), DeviceStream(device))
         else:
+            self._host = HostPool(self.memory.tensor.data_ptr(), self.layout, geometry)
             self._bytes = [list(map(_bytes_of, pair)) for pair in zip(self.keys, self.values, strict=True)]
 
     @property
@@ -81,11 +88,32 @@ class TorchKvStore:
         if self._copies is not None:
             self._copies.mark_written(layer)
 
+    def warm_up(self) -> None:
+        """Compile, or load, what hand-offs need, which takes seconds on a machine that has never served."""
+        if self._host is not None:
+            warm_up()
+
+    def encoded(self, encoding: str) -> KvStore:
+        """See `KvStore.encoded`."""
+        return EncodedStore(self, encoding) if encoding else self
+
     def read(self, layers: range, blocks: Sequence[int], tokens: range) -> list[memoryview]:
         """See `KvStore.read`. Waits for a device's copy to the host."""
         if self._copies is None:
             return self._parts(layers, blocks, tokens)
         return [self._copies.read(layers, blocks, tokens)]
+
+    def checksum(self, layers: range, blocks: Sequence[int], tokens: range) -> int:
+        """See `KvStore.checksum`. Waits for a device's copy to the host."""
+        if self._host is None:
+            return crc32c(self.read(layers, blocks, tokens)[0])
+        return self._host.checksum(layers, blocks[tokens.start // self.block_size :], tokens)
+
+    def map_foreign(self, descriptor: int, layout: PoolLayout) -> ForeignMemory:
+        """See `KvStore.map_foreign`."""
+        if self._host is None:
+            raise UnavailableError("this worker's KV is not in host memory")
+        return ForeignMemory(descriptor, layout, self._geometry, self._host)
 
     def read_ahead(self, layers: range, blocks: Sequence[int], tokens: range) -> Reading:
         """See `KvStore.read_ahead`."""

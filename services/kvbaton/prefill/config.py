@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kvbaton.rpc.config import option, port_option
-from kvbaton.worker.config import WorkerConfig
+from kvbaton.worker.config import WorkerConfig, kv_encoding_option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,3 +14,4 @@ class PrefillConfig(WorkerConfig):
     max_prefill_tokens: int = option(
         2048, "Prompt tokens computed in one step; longer prompts go in chunks.", minimum=1
     )
+    kv_encoding: str = kv_encoding_option()

@@ -88,7 +88,7 @@ class PrefillServicer(PrefillServiceServicer):
         """See the proto."""
         new = await self._runtime.admission.read(request, Route.HAND_OFF)
         target = _target(request.target, len(new.prompt) + len(new.output))
-        transfer = OutgoingTransfer(self._runtime.store.geometry, target.tokens)
+        transfer = OutgoingTransfer(self._sender.geometry, target.tokens)
         handle = RequestHandle(new.request_id, transfer.first_token)
         self._transfers.add(handle.request_id, transfer)
         finished = False

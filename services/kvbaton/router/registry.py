@@ -182,17 +182,25 @@ class Registry:
             self.model = theirs
             return ""
         ours = self.model
+        kv_dtypes = ours.fingerprint.kv_dtype, theirs.fingerprint.kv_dtype
+        converted = kv_dtypes[0] != kv_dtypes[1] and self._encodes(status)
+        digest = "rounded_digest" if converted else "weights_digest"
         for what, mine, other in (
             ("model", ours.name, theirs.name),
             ("architecture", ours.fingerprint.architecture, theirs.fingerprint.architecture),
-            ("weights", ours.fingerprint.weights_digest, theirs.fingerprint.weights_digest),
-            ("KV dtype", ours.fingerprint.kv_dtype, theirs.fingerprint.kv_dtype),
+            ("KV dtype", *(("", "") if converted else kv_dtypes)),
+            ("weights", *(getattr(info.fingerprint, digest) for info in (ours, theirs))),
             ("context", ours.max_model_len, theirs.max_model_len),
             ("vocabulary", ours.vocab_size, theirs.vocab_size),
         ):
             if mine != other:
                 return f"{worker.address} serves {what} {other!r}, the other workers {mine!r}"
         return ""
+
+    def _encodes(self, status: pb.WorkerStatus) -> bool:
+        """Whether KV is sent in an encoding, by this worker or by another one: dtypes may then differ."""
+        others = (worker.status for worker in self.workers if worker.usable and worker.status is not None)
+        return bool(status.kv_encoding) or any(other.kv_encoding for other in others)
 
     def _check_readiness(self) -> None:
         ready = any(w.prefills for w in self.workers) and any(w.decodes for w in self.workers)

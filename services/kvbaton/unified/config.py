@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kvbaton.decode.config import DecodeConfig
 from kvbaton.rpc.config import option, port_option
-from kvbaton.worker.config import MAX_TARGET_ITL_MS
+from kvbaton.worker.config import MAX_TARGET_ITL_MS, kv_encoding_option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +15,7 @@ class UnifiedConfig(DecodeConfig):
     max_prefill_tokens: int = option(
         512, "Prompt tokens computed in one step, beside its decodes; longer prompts go in chunks.", minimum=1
     )
+    kv_encoding: str = kv_encoding_option()
     target_itl_ms: float = option(
         0.0,
         "Milliseconds that a step with decodes may take: the prompt tokens in it are chosen from measured step times. "

@@ -12,12 +12,13 @@ from kvbaton.prefill.service import PrefillSide
 from kvbaton.rpc.serving import Server
 from kvbaton.unified.config import UnifiedConfig
 from kvbaton.v1 import worker_pb2
+from kvbaton.worker.config import encoding_of
 from kvbaton.worker.service import Offer, serve_worker
 
 
 async def serve_unified(config: UnifiedConfig, stop: asyncio.Event, started: "asyncio.Future[Server]") -> None:
     """Serve until `stop` is set, as `serve_worker` does."""
-    prefill, decode = PrefillSide(), DecodeSide(config)
+    prefill, decode = PrefillSide(encoding_of(config.kv_encoding)), DecodeSide(config)
     await decode.check()
     offer = Offer(
         role=worker_pb2.WORKER_ROLE_UNIFIED,
@@ -31,6 +32,6 @@ async def serve_unified(config: UnifiedConfig, stop: asyncio.Event, started: "as
         on_layer=prefill.transfers.layer_done,
         sent=prefill.counters,
         received=decode.counters,
-        describe=[decode.describe],
+        describe=[prefill.describe, decode.describe],
     )
     await serve_worker(config, offer, stop, started)

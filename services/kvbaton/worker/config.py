@@ -1,12 +1,32 @@
 """What every kind of worker can be told."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from kvbaton.engine.geometry import AS_IT_IS, ENCODING_BYTES
 from kvbaton.rpc.config import grace_option, option, port_option
 from kvbaton.text.bundled import DEFAULT_MODEL
 
 MAX_TARGET_ITL_MS = 60_000
 """Longest target for a step that decodes."""
+
+AS_IN_MEMORY = "auto"
+"""What `--kv-encoding` is by default."""
+
+
+def kv_encoding_option() -> Any:
+    """The option of workers that send KV."""
+    return option(
+        AS_IN_MEMORY,
+        "What KV is converted to on its way to decode workers. int8 and float8 halve bfloat16's bytes and cost some "
+        "accuracy; auto sends it as it is.",
+        (AS_IN_MEMORY, *ENCODING_BYTES),
+    )
+
+
+def encoding_of(setting: str) -> str:
+    """The encoding that `--kv-encoding` means."""
+    return AS_IT_IS if setting == AS_IN_MEMORY else setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,7 @@ def build_runtime(
     num_blocks = num_blocks_for(config, loaded)
     # Whoever reports layers hands them over, perhaps to a process beside it.
     store = allocate(config, loaded, num_blocks, shared=on_layer is not None)
+    store.warm_up()
     pool, window = BlockPool(num_blocks, store.block_size), loaded.geometry.window
     scheduler = Scheduler(pool, limits, loaded.eos_token_ids, loaded.max_model_len, window)
     engine = Engine(scheduler, ModelRunner(loaded, store, on_layer))
@@ -105,6 +106,7 @@ def model_info(loaded: LoadedModel, tokenizer: Tokenizer | None, name: str) -> t
             architecture=loaded.architecture,
             weights_digest=loaded.weights_digest,
             kv_dtype=loaded.geometry.dtype,
+            rounded_digest=loaded.rounded_digest,
         ),
         kv_geometry=geometry_to_proto(loaded.geometry),
         vocab_size=loaded.vocab_size,

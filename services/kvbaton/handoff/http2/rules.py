@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from kvbaton.handoff.http2 import frames as h2
 from kvbaton.handoff.http2.endpoint import Endpoint
-from kvbaton.handoff.http2.frames import Code, ConnectionFault, FrameHeader, Kind, Setting, StreamFault
+from kvbaton.handoff.http2.frames import Code, ConnectionFault, FrameHeader, Kind, StreamFault
 from kvbaton.handoff.http2.headers import MAX_HEADER_BYTES
 from kvbaton.handoff.http2.inbound import FrameReader
+from kvbaton.handoff.http2.settings import apply_setting
 from kvbaton.handoff.http2.streams import Stream
 from kvbaton.handoff.http2.windows import WindowOverflowError
 
@@ -210,38 +211,10 @@ class FrameRules:
             return
         self._count_idle()
         for identifier, value in h2.parse_settings(payload):
-            self._apply(identifier, value)
+            apply_setting(self._endpoint, identifier, value)
         self._endpoint.settled = True
         self._endpoint.on_settled()
         self._endpoint.out += h2.SETTINGS_ACK
-
-    def _apply(self, identifier: int, value: int) -> None:
-        endpoint = self._endpoint
-        if identifier == Setting.HEADER_TABLE_SIZE:
-            endpoint.codec.limit_table(value)
-        elif identifier == Setting.ENABLE_PUSH and value > 1:
-            raise ConnectionFault(Code.PROTOCOL_ERROR, f"ENABLE_PUSH of {value}")
-        elif identifier == Setting.MAX_CONCURRENT_STREAMS:
-            endpoint.max_streams = value
-        elif identifier == Setting.INITIAL_WINDOW_SIZE:
-            if value > h2.MAX_WINDOW:
-                raise ConnectionFault(Code.FLOW_CONTROL_ERROR, f"INITIAL_WINDOW_SIZE of {value}")
-            self._resize_windows(value)
-        elif identifier == Setting.MAX_FRAME_SIZE:
-            if not h2.MIN_FRAME_BYTES <= value <= h2.MAX_FRAME_BYTES:
-                raise ConnectionFault(Code.PROTOCOL_ERROR, f"MAX_FRAME_SIZE of {value}")
-            endpoint.max_frame_bytes = value
-
-    def _resize_windows(self, size: int) -> None:
-        endpoint = self._endpoint
-        change = size - endpoint.peer_stream_window
-        endpoint.peer_stream_window = size
-        for stream in list(endpoint.streams.values()):
-            try:
-                stream.send_window.grow(change)
-            except WindowOverflowError as error:
-                raise ConnectionFault(Code.FLOW_CONTROL_ERROR, str(error)) from error
-            endpoint.on_window(stream)
 
     def _on_push(self, header: FrameHeader, payload: bytes) -> None:
         raise ConnectionFault(Code.PROTOCOL_ERROR, "PUSH_PROMISE, which nobody has asked for")

@@ -149,7 +149,9 @@ def load(typing_context: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _bits(typing_context: Any, value: Any) -> Any:
+def bits_of(typing_context: Any, value: Any) -> Any:
+    """A float32 as the integer with its bits."""
+
     def reinterpret(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
 
@@ -157,7 +159,9 @@ def _bits(typing_context: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _float(typing_context: Any, bits: Any) -> Any:
+def float_of(typing_context: Any, bits: Any) -> Any:
+    """The float32 with an integer's bits."""
+
     def reinterpret(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
@@ -205,7 +209,7 @@ def exp(x: Any) -> Any:
     p = p * r + np.float32(0.5)
     p = p * r + np.float32(1)
     p = p * r + np.float32(1)
-    scaled = p * _float((np.int32(power) + np.int32(127)) << np.int32(23))
+    scaled = p * float_of((np.int32(power) + np.int32(127)) << np.int32(23))
     return np.float32(0) if x < np.float32(-87) else scaled
 
 
