@@ -18,7 +18,7 @@ from kvbaton.v1 import types_pb2 as types
 from support.fakes import GEOMETRY, PATIENCE, FakeStore, fingerprint
 from support.fault_proxy import FaultProxy, fault_proxy
 
-SETTLE_SECONDS = 5.0
+SETTLE_SECONDS = 10.0
 """How soon everything is as before."""
 
 

@@ -4,6 +4,7 @@ opens and never closes.
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -85,10 +86,15 @@ class RawPeer:
 
 
 @asynccontextmanager
-async def raw_peer(address: str, *, greet: bool = True) -> AsyncIterator[RawPeer]:
-    """Connect, and say what a client says first."""
+async def raw_peer(address: str, *, greet: bool = True, receive_bytes: int = 0) -> AsyncIterator[RawPeer]:
+    """Connect, and say what a client says first. The kernel keeps `receive_bytes` of answers, if that is given."""
     host, _, port = address.rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    connecting = socket.socket()
+    connecting.setblocking(False)
+    if receive_bytes:
+        connecting.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    await asyncio.get_running_loop().sock_connect(connecting, (host, int(port)))
+    reader, writer = await asyncio.open_connection(sock=connecting)
     peer = RawPeer(reader, writer)
     if greet:
         peer.send(http2.PREFACE + http2.settings())
