@@ -175,6 +175,7 @@ async def test_a_peer_that_reads_no_answers_is_closed(ends: Ends, monkeypatch: p
         while True:
             peer.open("/nothing/" + "x" * 200, end=True)
             await asyncio.sleep(0)
+            await peer.writer.drain()
 
     async with raw_peer(ends.proxy.upstream, receive_bytes=4096) as peer:
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
