@@ -17,6 +17,7 @@ from kvbaton.handoff import conversation as conversation_module
 from kvbaton.handoff import sender as sender_module
 from kvbaton.handoff.codec import crc32c, decode_message
 from kvbaton.handoff.frames import FRAME_BYTES, FramePlanner
+from kvbaton.handoff.http2 import calls as calls_module
 from kvbaton.handoff.http2.server import serving_kv
 from kvbaton.handoff.peers import PeerConnections
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
@@ -193,6 +194,7 @@ async def test_another_model_is_refused_and_the_next_attempt_may_come(pair: Pair
 async def test_a_refusal_in_the_middle_comes_out_with_its_reason(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     # So many frames that the receiver's refusal of the third meets the sender in the middle of a write.
     monkeypatch.setattr(sender_module, "FramePlanner", _in_small_frames)
+    monkeypatch.setattr(calls_module, "YIELD_BYTES", 1)
     pair.outgoing = OutgoingTransfer(GEOMETRY, TOKENS)
     monkeypatch.setattr(sender_module, "crc32c", lambda parts: 5 if len(pair.sink.writes) >= 2 else crc32c(parts))
     pair.compute()

@@ -82,13 +82,18 @@ class KvGeometry:
 
     def groups(self) -> list[tuple[int, LayerGeometry]]:
         """Runs of equal consecutive layers, as (number of layers, their geometry)."""
+        return list(self._groups)
+
+    @cached_property
+    def _groups(self) -> tuple[tuple[int, LayerGeometry], ...]:
+        # Compared at the beginning of each transfer.
         runs: list[tuple[int, LayerGeometry]] = []
         for layer in self.layers:
             if runs and runs[-1][1] == layer:
                 runs[-1] = (runs[-1][0] + 1, layer)
             else:
                 runs.append((1, layer))
-        return runs
+        return tuple(runs)
 
     @classmethod
     def from_groups(cls, groups: Sequence[tuple[int, LayerGeometry]], dtype: str) -> "KvGeometry":

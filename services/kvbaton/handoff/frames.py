@@ -38,6 +38,7 @@ class FramePlanner:
     def __init__(self, geometry: KvGeometry, token_start: int, token_stop: int, frame_bytes: int = FRAME_BYTES) -> None:
         """A token of one layer must fit a frame by itself or it makes a larger one."""
         self._geometry = geometry
+        self._layer_bytes = geometry.layer_token_bytes
         self._start = token_start
         self._stop = token_stop
         self._frame_bytes = frame_bytes
@@ -74,7 +75,7 @@ class FramePlanner:
         """Hand out the next frame's rectangle; None when nothing is worth a frame yet."""
         flush = self.all_ready
         layer = 0
-        while layer < self._geometry.num_layers:
+        while layer < len(self._sent):
             stop_layer, size = self._run(layer)
             if size and (flush or size * 2 >= self._frame_bytes):
                 return self._take(layer, stop_layer)
@@ -84,10 +85,10 @@ class FramePlanner:
     def _run(self, layer: int) -> tuple[int, int]:
         """The end of the run of layers that begins at `layer` and fits a frame, and its pending bytes."""
         sent, ready = self._sent[layer], self._ready[layer]
-        size = self._geometry.span_bytes(layer, layer + 1, ready - sent)
+        size = self._layer_bytes[layer] * (ready - sent)
         stop = layer + 1
-        while stop < self._geometry.num_layers and (self._sent[stop], self._ready[stop]) == (sent, ready):
-            more = self._geometry.span_bytes(stop, stop + 1, ready - sent)
+        while stop < len(self._sent) and self._sent[stop] == sent and self._ready[stop] == ready:
+            more = self._layer_bytes[stop] * (ready - sent)
             if size + more > self._frame_bytes:
                 break
             size += more
@@ -96,7 +97,7 @@ class FramePlanner:
 
     def _take(self, layer: int, stop_layer: int) -> Rectangle:
         start, stop = self._sent[layer], self._ready[layer]
-        token_bytes = self._geometry.span_bytes(layer, stop_layer, 1)
+        token_bytes = sum(self._layer_bytes[layer:stop_layer])
         stop = min(stop, start + max(1, self._frame_bytes // token_bytes))
         for index in range(layer, stop_layer):
             self._sent[index] = stop

@@ -22,8 +22,11 @@ from kvbaton.rpc.interceptors import end_span
 if TYPE_CHECKING:
     Failure = KvbatonError | TimeoutError
 
-MAX_DATA_BYTES = 1 << 20
-"""Longest frame that is sent: how long another stream waits for its turn."""
+MAX_DATA_BYTES = 2 << 20
+"""Longest frame that is sent: how long another stream waits for its turn. A KV frame with what is around it fits."""
+
+YIELD_BYTES = 4 << 20
+"""What a stream sends to a kernel that takes everything, before others get their turn: about a millisecond's worth."""
 
 STALL_SECONDS = 10.0
 """Longest wait for a peer to open its window."""
@@ -143,7 +146,8 @@ class ClientStream:
         self._call = call
         self._carrier = carrier
         self._half_closed = False
-        self._yields = False
+        self._eager = 0
+        """Bytes sent since others had their turn."""
 
     @property
     def half_closed(self) -> bool:
@@ -173,9 +177,8 @@ class ClientStream:
         message = MessageWriter(parts)
         try:
             while message.left:
-                if self._yields:
-                    # A kernel that takes everything at once must not keep the loop from all else.
-                    self._yields = False
+                if self._eager >= YIELD_BYTES:
+                    self._eager = 0
                     await asyncio.sleep(0)
                 size = await self._credit(message.left)
                 payload = message.take(size)
@@ -247,7 +250,7 @@ class ClientStream:
         endpoint.send_window.take(size)
         job = FrameJob(pack_header(size, Kind.DATA, END_STREAM if last else 0, stream.id), payload, size)
         self._carrier.submit(job)
-        self._yields = not job.left
+        self._eager = 0 if job.left else self._eager + size
         try:
             await job.wait()
         except asyncio.CancelledError:

@@ -31,8 +31,8 @@ MAX_OUT_BYTES = 1 << 20
 """Most bytes of frames other than data that wait for a peer to read."""
 
 _SPARE_BYTES = 64 << 10
-_SPARE_BEHIND_PLACED = 2048
-"""What follows a placed message is mostly the next one, which has a place of its own."""
+_SPARE_BETWEEN_FRAMES = 2048
+"""What comes after a frame is mostly the start of a message whose rest has a place of its own, and is not copied."""
 _ZEROS = memoryview(bytes(1 << 20))
 
 
@@ -152,9 +152,11 @@ class Carrier:
         places = reader.direct()
         placed = 0
         if not places:
+            if reader.num_left < _SPARE_BETWEEN_FRAMES:
+                spare = spare[:_SPARE_BETWEEN_FRAMES]
             count = self._receive([spare])
         else:
-            spare = spare[:_SPARE_BEHIND_PLACED]
+            spare = spare[:_SPARE_BETWEEN_FRAMES]
             placed = sum(map(len, places))
             try:
                 with reader.guard:
@@ -169,7 +171,7 @@ class Carrier:
             reader.landed(min(count, placed))
         if count > placed:
             reader.feed(spare[: count - placed])
-        return not self.closed and count >= placed
+        return not self.closed and count >= placed + len(spare)
 
     def _receive(self, buffers: list[memoryview]) -> int:
         """Bytes received; 0 when there are none now, or the connection has ended."""

@@ -90,6 +90,11 @@ class FrameReader:
         return self._header is not None or bool(self._gathered)
 
     @property
+    def num_left(self) -> int:
+        """How much of the current frame's content is still to come."""
+        return self._left
+
+    @property
     def guard(self) -> AbstractContextManager[object]:
         """See `DataSink.guard`."""
         return self._sink.guard if self._sink is not None else nullcontext()
