@@ -4,26 +4,20 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from google.protobuf.message import DecodeError
+from fuzz import connections
+from fuzz.sides import Sides
 
 from kvbaton.engine.errors import NotFoundError, TransferRejectedError
 from kvbaton.handoff.codec import (
     Frame,
     Message,
-    RunningDigest,
     WireError,
     decode_message,
-    encode_frame,
     encode_message,
+    encode_reference,
 )
-from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, TicketBook
+from kvbaton.handoff.receiver import IncomingTransfer
 from kvbaton.v1 import kv_transfer_pb2 as pb
-from support.fakes import FakeStore, fingerprint, frame_info, header
-
-TOKENS = range(2, 10)
-BLOCKS, SOURCE_BLOCKS = [7, 3, 5], [0, 1, 2]
-PIECES = [(range(2), range(2, 6)), (range(2, 3), range(2, 6)), (range(3), range(6, 10))]
-FIRST_TOKEN = 42
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,64 +29,19 @@ class Target:
     """Valid inputs to begin with."""
 
 
-class Sides:
-    """A receiver with one reservation, and the messages that fill it."""
-
-    def __init__(self) -> None:
-        self.book, self.applied = TicketBook(), list[int]()
-        self.sink, self.source = FakeStore(), FakeStore()
-        self.counters = ReceiverCounters()
-        self.reservation = self.book.open(BLOCKS, TOKENS, 1000, self.applied.append)
-        for layer in range(self.source.geometry.num_layers):
-            self.source.fill(layer, SOURCE_BLOCKS, range(12))
-
-    def attempt(self) -> IncomingTransfer:
-        return IncomingTransfer(self.book, self.sink, fingerprint(), self.counters)
-
-    def messages(self, attempt: int) -> list[bytes]:
-        """Header, three frames and commit."""
-        digest, size, encoded = RunningDigest(), 0, []
-        for number, (layers, tokens) in enumerate(PIECES):
-            payload = b"".join(self.source.read(layers, SOURCE_BLOCKS, tokens))
-            info = frame_info(number, layers, tokens, payload, attempt)
-            digest.add(info)
-            size += len(payload)
-            encoded.append(encode_frame(info, [payload]))
-        commit = pb.KvCommit(
-            first_token_id=FIRST_TOKEN,
-            num_frames=len(PIECES),
-            payload_bytes=size,
-            digest=digest.value(FIRST_TOKEN),
-        )
-        begin = encode_message(header(self.reservation.ticket, TOKENS, attempt=attempt))
-        return [begin, *encoded, encode_message(commit)]
-
-    def check(self) -> None:
-        """KV is used once at the most, and only if it is exactly what was sent."""
-        assert self.applied in ([], [FIRST_TOKEN]), self.applied
-        assert len(self.book) == (not self.applied)
-        if self.applied:
-            sent = self.source.content(SOURCE_BLOCKS, TOKENS)
-            assert self.sink.content(BLOCKS, TOKENS) == sent, "KV that differs was applied"
-
-
 def codec(data: bytes) -> None:
     """Any bytes are a message that protobuf reads as well, or a WireError."""
     try:
         message = decode_message(data)
     except WireError:
         return
-    try:
-        request = pb.TransferRequest.FromString(data)
-    except DecodeError:
-        # There are messages that the codec has no use for yet, and skips as unknown ones.
-        assert b"\x22" in data or b"\x1a" in data
-        return
+    request = pb.TransferRequest.FromString(data)
     kind = request.WhichOneof("message")
     if isinstance(message, Frame):
         assert kind == "frame"
         assert request.frame.payload == message.payload
         assert request.frame.info == message.info
+        assert (message.reference is not None) == request.frame.HasField("reference")
     else:
         assert kind is not None
         assert getattr(request, kind) == message
@@ -127,6 +76,8 @@ def _apply(transfer: IncomingTransfer, message: Message) -> None:
             transfer.begin(message)
         case pb.KvCommit():
             transfer.commit(message)
+        case pb.KvConfirm():
+            transfer.confirm()
 
 
 AS_IT_IS, CHANGED, CUT, NEXT_ATTEMPT, RAW = range(5)
@@ -150,7 +101,7 @@ def _script(data: bytes, messages: list[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def _messages() -> list[bytes]:
-    return Sides().messages(1)
+    return [*Sides().messages(1), encode_message(pb.KvConfirm()), encode_reference(pb.FrameInfo(number=1), [1, 2])]
 
 
 def _scripts() -> list[bytes]:
@@ -164,4 +115,6 @@ def _scripts() -> list[bytes]:
 TARGETS = {
     "codec": Target(codec, _messages),
     "receiver": Target(receiver, _scripts),
+    "server": Target(connections.server, connections.client_bytes),
+    "client": Target(connections.client, connections.server_bytes),
 }

@@ -3,7 +3,8 @@
 import random
 
 import pytest
-from fuzz.targets import TARGETS, Sides, receiver
+from fuzz.sides import Sides
+from fuzz.targets import TARGETS, receiver
 
 CHANGES = 300
 

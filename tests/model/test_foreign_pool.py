@@ -21,7 +21,7 @@ from kvbaton.engine.geometry import DTYPE_BYTES, KvGeometry, LayerGeometry
 from kvbaton.engine.kv_store import SharedMemory
 from kvbaton.engine.pool_layout import PoolLayout, layout_problem
 from kvbaton.handoff.landing import fill
-from kvbaton.model import host_pool
+from kvbaton.model import foreign_pool, host_pool
 from kvbaton.model.store import TorchKvStore
 
 CPU = torch.device("cpu")
@@ -198,7 +198,7 @@ def test_it_is_mapped_while_a_copy_runs(monkeypatch: pytest.MonkeyPatch) -> None
     theirs, ours = shared_store(), TorchKvStore(GEOMETRY, 3, 8, CPU)
     foreign = ours.map_foreign(shared(theirs).descriptor, shared(theirs).layout)
     begun, go_on, closed = threading.Event(), threading.Event(), threading.Event()
-    copied = host_pool._copied
+    copied = host_pool.copied
 
     def slowly(*arguments: Any) -> int:
         begun.set()
@@ -206,7 +206,7 @@ def test_it_is_mapped_while_a_copy_runs(monkeypatch: pytest.MonkeyPatch) -> None
         assert not closed.is_set()
         return copied(*arguments)
 
-    monkeypatch.setattr(host_pool, "_copied", slowly)
+    monkeypatch.setattr(foreign_pool, "copied", slowly)
     copying = threading.Thread(target=foreign.copy, args=(range(2), [1], range(4), [2]))
 
     def close() -> None:

@@ -110,10 +110,12 @@ class FakeStore:
         raise UnavailableError("a fake maps nothing")
 
     def encoded(self, encoding: str) -> KvStore:
+        if not encoding:
+            return self
         # Without torch, and without numba, as long as nobody asks for it.
         from kvbaton.model.encoded_store import EncodedStore
 
-        return EncodedStore(self, encoding) if encoding else self
+        return EncodedStore(self, encoding)
 
     def read_ahead(self, layers: range, blocks: Sequence[int], tokens: range) -> Reading:
         return Reading(self.read(layers, blocks, tokens), None, lambda: None)

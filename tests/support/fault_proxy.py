@@ -218,6 +218,8 @@ class _Direction:
             case _:
                 if frame.kind == http2.SETTINGS and not frame.flags & http2.ACK:
                     self.opposite.settle(frame.payload)
+                    self._sink.write(_small_windows(frame.payload))
+                    return
                 if frame.kind == http2.RST_STREAM or frame.stream not in self._held:
                     self._sink.write(frame.encoded())
 
@@ -237,9 +239,11 @@ class _Direction:
 
     async def _pass_data(self, frame: Http2Frame) -> None:
         await self._pass_messages(frame)
-        # Not before: its sender has no more on its way than the window says. A held stream takes everything in.
-        for stream in (0, frame.stream) if frame.payload else ():
-            self._back.write(http2.window_update(stream, len(frame.payload)))
+        # Not before: its sender has no more on its way than the window says. A held stream gets no more leave at all.
+        if frame.payload:
+            self._back.write(http2.window_update(0, len(frame.payload)))
+        if frame.payload and frame.stream not in self._held:
+            self._back.write(http2.window_update(frame.stream, len(frame.payload)))
 
     async def _pass_messages(self, frame: Http2Frame) -> None:
         for message in self._messages[frame.stream].feed(frame.content):
@@ -274,6 +278,12 @@ class _Direction:
             self._windows[stream] -= size
             self._sink.write(Http2Frame(http2.DATA, 0, stream, data[position : position + size]).encoded())
             position += size
+
+
+def _small_windows(payload: bytes) -> bytes:
+    """Settings without the window that they ask for: here it is the smallest that all peers know."""
+    kept = [pair for pair in http2.read_settings(payload) if pair[0] != http2.SETTINGS_INITIAL_WINDOW_SIZE]
+    return http2.settings(*kept)
 
 
 def _kind(message: pb.TransferRequest | pb.TransferResponse, data: bytes) -> str:

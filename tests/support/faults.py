@@ -66,12 +66,12 @@ def at(kind: str, number: int, change: Callable[[bytes], Passed]) -> Edit:
     return edit
 
 
-def calling(kind: str, number: int, action: Callable[[], object]) -> Edit:
-    """Do something before a message passes; those behind it do not overtake."""
+def calling(kind: str, number: int, action: Callable[[], object], then: Then = Then.GO_ON) -> Edit:
+    """Do something before a message passes, and let it pass a little later."""
 
     def change(data: bytes) -> Passed:
         action()
-        return Passed(grpc_message(data), delay=0.02)
+        return Passed(grpc_message(data), then, delay=0.02)
 
     return at(kind, number, change)
 

@@ -19,7 +19,9 @@ from crc32c import crc32c
 from kvbaton.engine.errors import TransferRejectedError, UnavailableError
 from kvbaton.engine.geometry import KvGeometry
 from kvbaton.engine.pool_layout import PoolLayout, layout_problem
-from kvbaton.model.host_pool import HostPool
+from kvbaton.model.cpu.copy_kernel import pair_runs
+from kvbaton.model.cpu.crc32c_kernel import STREAM
+from kvbaton.model.host_pool import HostPool, copied
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -43,6 +45,7 @@ class ForeignMemory:
         # A view of it that stayed would keep it from being unmapped.
         address = np.frombuffer(memory, np.uint8).ctypes.data
         self._theirs, self._ours, self._layout = HostPool(address, layout, geometry), ours, layout
+        self._planes = ours.planes_from(self._theirs)
         self._lock = threading.Lock()
 
     def probe(self, num_bytes: int) -> tuple[int, float]:
@@ -61,13 +64,15 @@ class ForeignMemory:
         if not tokens:
             return 0
         try:
-            source = self._theirs.blocks(theirs, tokens)
+            source = self._theirs.blocks(theirs, tokens, whole=False)
         except IndexError as error:
             raise TransferRejectedError(f"reference: {error}") from error
-        target = self._ours.blocks(blocks[tokens.start // self._ours.block_size :], tokens)
+        target = self._ours.blocks(blocks, tokens, whole=True)
+        sizes = self._theirs.block_size, self._ours.block_size
+        runs = pair_runs(source, sizes[0], target, sizes[1], tokens.start, tokens.stop)
         with self._lock:
             self._mapped()
-            return self._ours.copy_from(self._theirs, layers, source, target, tokens)
+            return copied(self._planes[2 * layers.start : 2 * layers.stop], runs, STREAM)
 
     def close(self) -> None:
         """See `ForeignPool.close`. Waits for a copy; closing twice is harmless."""

@@ -9,8 +9,8 @@ from crc32c import crc32c
 
 from kvbaton.engine.geometry import KvGeometry
 from kvbaton.engine.pool_layout import PoolLayout, row_bytes
-from kvbaton.model.cpu.copy_kernel import copy_runs, pair_runs
-from kvbaton.model.cpu.crc32c_kernel import NOTHING, STREAM, has_crc32c_unit
+from kvbaton.model.cpu.copy_kernel import copy_runs, pair_runs, within
+from kvbaton.model.cpu.crc32c_kernel import NOTHING, has_crc32c_unit
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -24,49 +24,48 @@ class HostPool:
         self.addresses = np.array([[address + k, address + v] for k, v in offsets], np.int64).reshape(-1)
         self.widths = np.array(row_bytes(geometry), np.int64).reshape(-1)
         self.block_size, self.num_blocks = layout.block_size, layout.num_blocks
+        self._own_planes = self.planes_from(self)
 
-    def blocks(self, blocks: Sequence[int], tokens: range) -> Numbers:
-        """As the kernel takes them: from the one that holds `tokens.start` on, as many as `tokens` need.
+    def planes_from(self, source: "HostPool") -> Numbers:
+        """For copies from a pool of the same geometry: see `copy_runs`."""
+        return np.stack((source.addresses, self.addresses, self.widths), axis=1)
 
-        Raises IndexError where there are fewer, or one is none of the pool's.
+    def blocks(self, blocks: Sequence[int], tokens: range, *, whole: bool) -> Numbers:
+        """As the kernel takes them: from the one that holds `tokens.start` on, as many as `tokens`, not none, need.
+
+        `blocks` are the `whole` list of a request, or begin there already. Raises IndexError where there are fewer, or
+        one is none of the pool's.
         """
-        needed = -(-tokens.stop // self.block_size) - tokens.start // self.block_size
-        if len(blocks) < needed:
-            raise IndexError(f"{len(blocks)} blocks where {needed} hold tokens [{tokens.start}, {tokens.stop})")
-        numbers = np.array(blocks[:needed], np.int64)
-        if numbers.min() < 0 or numbers.max() >= self.num_blocks:
-            raise IndexError(f"blocks {numbers.min()} to {numbers.max()} of a pool of {self.num_blocks}")
+        first = tokens.start // self.block_size
+        needed = (tokens.stop - 1) // self.block_size - first + 1
+        some = blocks[first : first + needed] if whole else blocks[:needed]
+        if len(some) < needed:
+            raise IndexError(f"{len(some)} blocks where {needed} hold tokens [{tokens.start}, {tokens.stop})")
+        numbers = np.array(some, np.int64)
+        if not within(numbers, self.num_blocks):
+            raise IndexError(f"blocks {min(some)} to {max(some)} of a pool of {self.num_blocks}")
         return numbers
 
     def checksum(self, layers: range, blocks: Sequence[int], tokens: range) -> int:
-        """CRC32C of the payload that the tokens' KV makes; `blocks` begin with the one that holds `tokens.start`."""
+        """CRC32C of the payload that the KV of `tokens` in the request's whole block list makes."""
         if not tokens:
             return 0
-        numbers = self.blocks(blocks, tokens)
-        planes = self._planes(self, layers)
-        return _copied(planes, pair_runs(*(numbers, self.block_size) * 2, tokens.start, tokens.stop), NOTHING)
-
-    def copy_from(self, source: "HostPool", layers: range, theirs: Numbers, ours: Numbers, tokens: range) -> int:
-        """Copy the tokens' KV out of a pool of the same geometry, and give the CRC32C of what was copied.
-
-        Both block lists are `blocks` of their pool.
-        """
-        runs = pair_runs(theirs, source.block_size, ours, self.block_size, tokens.start, tokens.stop)
-        return _copied(self._planes(source, layers), runs, STREAM)
-
-    def _planes(self, source: "HostPool", layers: range) -> Numbers:
-        some = slice(2 * layers.start, 2 * layers.stop)
-        return np.stack((source.addresses[some], self.addresses[some], self.widths[some]), axis=1)
+        numbers = self.blocks(blocks, tokens, whole=True)
+        runs = pair_runs(numbers, self.block_size, numbers, self.block_size, tokens.start, tokens.stop)
+        return copied(self._own_planes[2 * layers.start : 2 * layers.stop], runs, NOTHING)
 
 
 def warm_up() -> None:
     """Compile, or load, what copies and checks: the first request would wait for it otherwise."""
     memory = np.zeros(64, np.uint8)
     address = memory.ctypes.data
-    _copied(np.array([[address, address, 1]]), pair_runs(np.array([0]), 1, np.array([0]), 1, 0, 1), NOTHING)
+    block = np.zeros(1, np.int64)
+    if within(block, 1):
+        copied(np.array([[address, address, 1]]), pair_runs(block, 1, block, 1, 0, 1), NOTHING)
 
 
-def _copied(planes: Numbers, runs: Numbers, mode: int) -> int:
+def copied(planes: Numbers, runs: Numbers, mode: int) -> int:
+    """`copy_runs`, or what takes its place."""
     if has_crc32c_unit():
         return int(copy_runs(planes, runs, mode))
     return copied_by_library(planes, runs, mode)

@@ -107,7 +107,7 @@ class TorchKvStore:
         """See `KvStore.checksum`. Waits for a device's copy to the host."""
         if self._host is None:
             return crc32c(self.read(layers, blocks, tokens)[0])
-        return self._host.checksum(layers, blocks[tokens.start // self.block_size :], tokens)
+        return self._host.checksum(layers, blocks, tokens)
 
     def map_foreign(self, descriptor: int, layout: PoolLayout) -> ForeignMemory:
         """See `KvStore.map_foreign`."""

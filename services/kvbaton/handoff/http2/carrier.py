@@ -25,7 +25,7 @@ GONE_AFTER_TICKS = 10
 """And is gone when it gives none for so long. Within a frame, and while it takes nothing of what is due, it is not
 even asked. Ticks are counted instead of time: a process that was stopped itself must not take its peers for silent."""
 
-READS_PER_CALLBACK = 4
+READS_PER_CALLBACK = 8
 WRITE_BYTES_PER_CALLBACK = 4 << 20
 MAX_OUT_BYTES = 1 << 20
 """Most bytes of frames other than data that wait for a peer to read."""

@@ -30,17 +30,21 @@ _LONG_ZEROS, _SHORT_ZEROS = zeros_table(_LONG), zeros_table(_SHORT)
 
 
 @kernel
-def copy_runs(planes: Any, runs: Any, mode: Any) -> Any:
+def copy_runs(planes: Any, runs: Any, mode: int) -> Any:
     """CRC32C of all runs of all planes, one after the other, and what `mode` says done with them.
 
     `planes` [p, 3], int64: address of the source, address of the target, bytes of a slot. `runs` [r, 3], int64: first
     slot in the source, first in the target, number of slots.
     """
     state = np.int64(_ALL)
+    last_plane, last_run = planes.shape[0] - 1, runs.shape[0] - 1
     for p in range(planes.shape[0]):
         source, target, width = planes[p, 0], planes[p, 1], planes[p, 2]
         for r in range(runs.shape[0]):
-            after = source + runs[min(r + 1, runs.shape[0] - 1), 0] * width
+            after = source + runs[min(r + 1, last_run), 0] * width
+            if r == last_run:
+                following = min(p + 1, last_plane)
+                after = planes[following, 0] + runs[0, 0] * planes[following, 2]
             state = _run(
                 target + runs[r, 1] * width,
                 source + runs[r, 0] * width,
@@ -52,6 +56,15 @@ def copy_runs(planes: Any, runs: Any, mode: Any) -> Any:
     if mode == STREAM:
         fence()
     return state ^ np.int64(_ALL)
+
+
+@kernel
+def within(numbers: Any, stop: int) -> bool:
+    """Whether all of `numbers` [n], int64, are 0 or more, and below `stop`."""
+    inside = True
+    for number in numbers:
+        inside &= 0 <= number < stop
+    return inside
 
 
 @kernel
@@ -81,35 +94,38 @@ def pair_runs(theirs: Any, their_size: Any, ours: Any, our_size: Any, start: int
 
 @kernel
 def _run(target: Any, source: Any, size: Any, after: Any, state: Any, mode: Any) -> Any:
+    """One run; the next will begin at `after`."""
     stop = source + size
     if mode == STREAM:
         # Lines that go past the caches are whole ones.
         head = min(-target % _LINE, size)
         state = _words(target, source, source + head, state, mode)
         target, source = target + head, source + head
-    state = _thirds(target, source, stop, after, np.int64(_LONG), _LONG_ZEROS, state, mode)
+    # How far ahead is fetched: no further than the next run, if that is as long as this one.
+    reach = min(stop - source, 3 * _LONG)
+    state = _thirds(target, source, stop, np.int64(_LONG), _LONG_ZEROS, reach, after - stop, state, mode)
     done = (stop - source) // (3 * _LONG) * (3 * _LONG)
     target, source = target + done, source + done
-    state = _thirds(target, source, stop, after, np.int64(_SHORT), _SHORT_ZEROS, state, mode)
+    state = _thirds(target, source, stop, np.int64(_SHORT), _SHORT_ZEROS, reach, after - stop, state, mode)
     done = (stop - source) // (3 * _SHORT) * (3 * _SHORT)
     return _words(target + done, source + done, stop, state, mode)
 
 
 @kernel
-def _thirds(target: Any, source: Any, stop: Any, after: Any, lane: Any, zeros: Any, state: Any, mode: Any) -> Any:
+def _thirds(
+    target: Any, source: Any, stop: Any, lane: Any, zeros: Any, reach: Any, jump: Any, state: Any, mode: Any
+) -> Any:
     """As much of [source, stop) as three pieces of `lane` bytes each fit into, again and again."""
     while stop - source >= 3 * lane:
         second = third = np.int64(0)
-        ahead = source + 3 * lane if stop - source >= 6 * lane else after
-        if mode == NOTHING:
-            for at in range(0, lane, _LINE):
-                state, second, third = sum_lines(target + at, source + at, ahead + at, lane, state, second, third)
-        elif mode == STREAM:
-            for at in range(0, lane, _LINE):
-                state, second, third = stream_lines(target + at, source + at, ahead + at, lane, state, second, third)
-        else:
-            for at in range(0, lane, _LINE):
-                state, second, third = copy_lines(target + at, source + at, ahead + at, lane, state, second, third)
+        for at in range(0, lane, _LINE):
+            to, place = target + at, source + at
+            if mode == NOTHING:
+                state, second, third = sum_lines(to, place, lane, reach, stop, jump, state, second, third)
+            elif mode == STREAM:
+                state, second, third = stream_lines(to, place, lane, reach, stop, jump, state, second, third)
+            else:
+                state, second, third = copy_lines(to, place, lane, reach, stop, jump, state, second, third)
         state = _followed(_followed(state, zeros) ^ second, zeros) ^ third
         target, source = target + 3 * lane, source + 3 * lane
     return state

@@ -63,8 +63,7 @@ def add_word(typing_context: Any, state: Any, address: Any) -> Any:
     """The state after the eight bytes at an address."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = builder.load(builder.inttoptr(arguments[1], _I64.as_pointer()), align=1)
-        return builder.call(_instruction(builder.module), [arguments[0], word])
+        return builder.call(_instruction(builder.module), [arguments[0], _load_word(builder, arguments[1])])
 
     return types.int64(types.int64, types.int64), build
 
@@ -131,25 +130,22 @@ def _prefetch(builder: Any, address: Any) -> None:
 def _three_lines(mode: int) -> Any:
     """The operation that takes in a line of 64 bytes from each of three pieces, `lane` bytes apart.
 
-    Its arguments are target, source, what to fetch into the cache for later, lane and three states, and its result the
-    new states. To go past the caches the target must be aligned to a line.
+    Its arguments are target, source, lane, `reach`, `stop`, `jump` and three states, and its result the new states. The
+    lines `reach` bytes further on are fetched into the cache; past `stop` they lie `jump` bytes further still. To go
+    past the caches the target must be aligned to a line.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        target, source, ahead, lane, *states = arguments
+        target, source, lane, reach, stop, jump, *states = arguments
         function = _instruction(builder.module)
         starts = [builder.mul(lane, _I64(number)) for number in range(3)]
         places = [builder.add(source, start) for start in starts]
-        for start in starts:
-            _prefetch(builder, builder.add(ahead, start))
+        for place in places:
+            ahead = builder.add(place, reach)
+            within = builder.icmp_signed("<", ahead, stop)
+            _prefetch(builder, builder.select(within, ahead, builder.add(ahead, jump)))
         lines = [builder.load(builder.inttoptr(place, _VECTOR.as_pointer()), align=1) for place in places]
-        words = [
-            [
-                builder.load(builder.inttoptr(builder.add(place, _I64(8 * word)), _I64.as_pointer()), align=1)
-                for word in range(8)
-            ]
-            for place in places
-        ]
+        words = [[_load_word(builder, builder.add(place, _I64(8 * word))) for word in range(8)] for place in places]
         for word in range(8):
             states = [builder.call(function, [state, words[number][word]]) for number, state in enumerate(states)]
         if mode != NOTHING:
@@ -161,11 +157,24 @@ def _three_lines(mode: int) -> Any:
         return context.make_tuple(builder, signature.return_type, states)
 
     def three_lines(
-        typing_context: Any, target: Any, source: Any, ahead: Any, lane: Any, first: Any, second: Any, third: Any
+        typing_context: Any,
+        target: Any,
+        source: Any,
+        lane: Any,
+        reach: Any,
+        stop: Any,
+        jump: Any,
+        first: Any,
+        second: Any,
+        third: Any,
     ) -> Any:
-        return _STATES(*[types.int64] * 7), build
+        return _STATES(*[types.int64] * 9), build
 
     return intrinsic(three_lines)
+
+
+def _load_word(builder: Any, address: Any) -> Any:
+    return builder.load(builder.inttoptr(address, _I64.as_pointer()), align=1)
 
 
 sum_lines, copy_lines, stream_lines = _three_lines(NOTHING), _three_lines(WRITE), _three_lines(STREAM)
