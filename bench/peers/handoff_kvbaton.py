@@ -1,7 +1,8 @@
 """kvbaton's hand-off between two KV pools, as bench/handoff.py asks: `handoff_kvbaton.py from|to BLOCKS`.
 
 Sender, endpoint, tickets and pools are the services' own, on their event loop; nothing is left out: every frame is
-verified, and a transfer has ended when the prefill side has read Applied. Ways: "grpc" and "shared_memory", each over a
+verified, and a transfer has ended when the prefill side has read Applied. Its stream is open before, as in a service.
+Ways: "grpc" and "shared_memory", each over a
 link that has chosen it, and beside them, between the same two processes and pools, "tcp", "memcpy" and "crc32c" of
 `handoff_plain`.
 """
@@ -121,6 +122,18 @@ class Receiver(Side):
         return IncomingTransfer(self._book, self.store, FINGERPRINT, self._counters, self._links)
 
 
+class _Opened(OutgoingTransfer):
+    """Tells when the receiver is ready for it."""
+
+    def __init__(self, geometry: KvGeometry, tokens: range) -> None:
+        super().__init__(geometry, tokens)
+        self.begun = asyncio.Event()
+
+    def begin(self, window_start: int, frame_bytes: int | None) -> None:
+        super().begin(window_start, frame_bytes)
+        self.begun.set()
+
+
 class Sender(Side):
     """The prefill side."""
 
@@ -152,12 +165,15 @@ class Sender(Side):
         connection, agreement = self._links[load.way]
         watch = Stopwatch()
         for ticket, blocks in zip(tickets, load.tables("from"), strict=True):
-            watch.begin()
-            outgoing = OutgoingTransfer(self.store.geometry, tokens)
-            outgoing.cached(tokens.stop, blocks)
-            outgoing.first_token(1)
+            outgoing = _Opened(self.store.geometry, tokens)
             target = Target(endpoint=self._endpoint, ticket=ticket, attempt=1, tokens=tokens)
-            await self._sender.send(connection, target, outgoing, TIMEOUT_SECONDS, agreement)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._sender.send(connection, target, outgoing, TIMEOUT_SECONDS, agreement))
+                # A service opens the stream when it takes the request up, and it is open when the first layer is done.
+                await outgoing.begun.wait()
+                watch.begin()
+                outgoing.cached(tokens.stop, blocks)
+                outgoing.first_token(1)
             watch.end()
         return watch.answer()
 

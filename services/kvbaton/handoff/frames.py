@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from kvbaton.engine.geometry import KvGeometry
 
-FRAME_BYTES = 1 << 20
+FRAME_BYTES = 4 << 20
 """Most payload bytes a frame carries: small ones cost per message, large ones hold up the loop that carries them."""
+
+WORTH_BYTES = 512 << 10
+"""So much leaves while more is to come; less waits for company."""
 
 REFERENCE_FRAME_BYTES = 8 << 20
 """The same where a frame names blocks: its message is small, and what it names is copied in one go."""
@@ -78,11 +81,11 @@ class FramePlanner:
 
     def next(self) -> Rectangle | None:
         """Hand out the next frame's rectangle; None when nothing is worth a frame yet."""
-        flush = self.all_ready
+        flush, worth = self.all_ready, min(WORTH_BYTES, self._frame_bytes // 2)
         layer = 0
         while layer < len(self._sent):
             stop_layer, size = self._run(layer)
-            if size and (flush or size * 2 >= self._frame_bytes):
+            if size and (flush or size >= worth):
                 return self._take(layer, stop_layer)
             layer = stop_layer
         return None

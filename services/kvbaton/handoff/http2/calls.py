@@ -22,7 +22,7 @@ from kvbaton.rpc.interceptors import end_span
 if TYPE_CHECKING:
     Failure = KvbatonError | TimeoutError
 
-MAX_DATA_BYTES = 2 << 20
+MAX_DATA_BYTES = (4 << 20) + (64 << 10)
 """Longest frame that is sent: how long another stream waits for its turn. A KV frame with what is around it fits."""
 
 YIELD_BYTES = 4 << 20

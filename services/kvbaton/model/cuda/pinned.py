@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-FRAME = 1 << 20
+FRAME = 4 << 20
 """Bytes of a buffer: a frame's payload."""
 
 BUFFERS = 4
