@@ -179,7 +179,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", nargs="+", default=["0.6b=20", "30m=100"], help="of each model: name=number")
-    parser.add_argument("--transports", nargs="+", default=["grpc"])
+    parser.add_argument("--transports", nargs="+", default=["grpc", "shared_memory"])
     parser.add_argument("--cores", nargs="+", type=int, default=[0, 1], help="the prefill and the decode worker's")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "models")
     parser.add_argument("--throughput", type=Path, default=ROOT / "build" / "bench" / "handoff.json")
@@ -196,7 +196,7 @@ def main() -> None:
             script = Path(__file__).resolve().parent / "random_models.py"
             subprocess.run([sys.executable, script, model, path, "--seed", "1"], check=True)
         for transport in options.transports:
-            config = UpConfig(model=str(path), port=0, dtype="bfloat16", kv_memory="1GiB")
+            config = UpConfig(model=str(path), port=0, dtype="bfloat16", kv_memory="1GiB", transport=transport)
             passages = asyncio.run(measure(config, model, int(number), options.cores))
             rate = link_rate(links, f"kvbaton {transport}")
             allowance = None if rate is None else last_layer_bytes(model) / rate
