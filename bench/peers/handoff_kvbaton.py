@@ -2,9 +2,8 @@
 
 Sender, endpoint, tickets and pools are the services' own, on their event loop; nothing is left out: every frame is
 verified, and a transfer has ended when the prefill side has read Applied. Its stream is open before, as in a service.
-Ways: "grpc" and "shared_memory", each over a
-link that has chosen it, and beside them, between the same two processes and pools, "tcp", "memcpy" and "crc32c" of
-`handoff_plain`.
+Ways: "grpc" and "shared_memory", each over a link that has chosen it, and beside them, between the same two processes
+and pools, "tcp", "memcpy" and "crc32c" of `handoff_plain`.
 """
 
 import asyncio

@@ -17,7 +17,7 @@ FRAME_BYTES = 4 << 20
 WORTH_BYTES = 512 << 10
 """So much leaves while more is to come; less waits for company."""
 
-REFERENCE_FRAME_BYTES = 8 << 20
+REFERENCE_FRAME_BYTES = 4 << 20
 """The same where a frame names blocks: its message is small, and what it names is copied in one go."""
 
 

@@ -39,6 +39,7 @@ class Payloads:
     """`Pieces` that carry KV."""
 
     def __init__(self, store: KvStore, rectangles: Rectangles) -> None:
+        self._store, self._rectangles = store, rectangles
         self._reading = ReadingAhead(store, rectangles)
 
     async def next(self) -> Piece | None:
@@ -48,7 +49,15 @@ class Payloads:
             return None
         rectangle, parts = payload
         size = sum(map(len, parts))
-        return Piece(rectangle, crc32c(parts), size, lambda info: [encode_frame_start(info, size), *parts])
+        return Piece(
+            rectangle, self._checksum(rectangle, parts), size, lambda info: [encode_frame_start(info, size), *parts]
+        )
+
+    def _checksum(self, rectangle: Rectangle, parts: Sequence[memoryview]) -> int:
+        if len(parts) == 1 or self._store.shared is None:
+            return crc32c(parts)
+        # The parts are the pool's own memory, which it sums up in one go.
+        return self._store.checksum(rectangle.layers, self._rectangles.blocks, rectangle.tokens)
 
 
 class References:
