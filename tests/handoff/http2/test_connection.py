@@ -159,6 +159,24 @@ async def test_the_servers_end_is_the_calls_end(connection: Connection, server: 
         connection.call(METHOD, PATIENCE)
 
 
+async def test_a_caller_that_goes_as_the_connection_is_made_leaves_none(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Connection] = []
+    settle = Connection._on_settled
+
+    def settle_too_late(connection: Connection) -> None:
+        opened.append(connection)
+        settle(connection)
+        opening.cancel()
+
+    monkeypatch.setattr(Connection, "_on_settled", settle_too_late)
+    async with asyncio.TaskGroup() as group:
+        opening = group.create_task(Connection.open(server.address, PATIENCE))
+    assert opening.cancelled()
+    assert [connection.closed for connection in opened] == [True]
+
+
 async def test_nobody_and_no_http2_are_unavailable(server: Server) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as silent:
         port = silent.getsockname()[1]

@@ -39,18 +39,19 @@ class Connection:
         Raises UnavailableError when that does not happen within `timeout` seconds.
         """
         host, port = parse_address(endpoint)
-        connection = None
         try:
             async with asyncio.timeout(timeout):
                 connection = cls(await _connect(host, port), host, port)
-                await connection._settled
+                try:
+                    await connection._settled
+                except BaseException:
+                    # Also where it has settled, and whoever waited was cancelled in the same turn of the loop.
+                    await connection.close()
+                    raise
         except TimeoutError as error:
             raise UnavailableError(f"{endpoint} gave no answer for {timeout:g} s") from error
         except OSError as error:
             raise UnavailableError(f"{endpoint} cannot be reached: {error.strerror or error}") from error
-        finally:
-            if connection is not None and not connection._http2.settled:
-                connection._carrier.close(Code.NO_ERROR, "not wanted")
         return connection
 
     @property
