@@ -24,6 +24,7 @@ def many_frames(frame_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return FramePlanner(geometry, start, stop, frame_bytes)
 
     monkeypatch.setattr(sender_module, "FramePlanner", planner)
+    monkeypatch.setattr(sender_module, "REFERENCE_FRAME_BYTES", frame_bytes)
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,17 @@
 
 import gc
 import random
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 import pytest
 
 from kvbaton.engine.geometry import KvGeometry, LayerGeometry
+from kvbaton.handoff.choice import GRPC, SHARED_MEMORY
 from support import chaos
 from support.chaos import Ends
+from support.linked_ends import linked_ends
 
 SMALLEST = KvGeometry((LayerGeometry(1, 1, 1),), "float32")
 TOKENS = range(1)
@@ -36,10 +40,11 @@ class Held:
         return Held(chaos.num_descriptors(), len(mappings), shared, chaos.resident_bytes())
 
 
-async def transfer(ends: Ends, count: int, rng: random.Random) -> None:
+async def transfer(ends: Ends, transport: str, count: int, rng: random.Random) -> None:
     for _ in range(count):
         reservation = ends.reserve(TOKENS, rng)
-        await ends.send(reservation, ends.compute(TOKENS))
+        report = await ends.send(reservation, ends.compute(TOKENS))
+        assert report.choice.transport == transport
         assert ends.arrived(reservation)
     assert ends.applied == [77] * count
     ends.applied.clear()
@@ -47,13 +52,17 @@ async def transfer(ends: Ends, count: int, rng: random.Random) -> None:
     ends.source.writes.clear()
 
 
+TRANSPORTS: dict[str, Callable[..., AbstractAsyncContextManager[Ends]]] = {GRPC: chaos.ends, SHARED_MEMORY: linked_ends}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.leaks)])
-async def test_many_transfers_leave_nothing(count: int) -> None:
+async def test_many_transfers_leave_nothing(count: int, transport: str) -> None:
     rng = random.Random(0)
-    async with chaos.ends(SMALLEST, direct=True) as ends:
-        await transfer(ends, WARM_UP, rng)
+    async with TRANSPORTS[transport](SMALLEST, direct=True) as ends:
+        await transfer(ends, transport, WARM_UP, rng)
         before = Held.now()
-        await transfer(ends, count, rng)
+        await transfer(ends, transport, count, rng)
         after = Held.now()
         assert after.descriptors <= before.descriptors
         assert after.shared <= before.shared

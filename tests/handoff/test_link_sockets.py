@@ -81,3 +81,12 @@ async def test_a_receiver_that_knows_no_links_is_not_linked_with() -> None:
         with pytest.raises(UnavailableError, match="UNIMPLEMENTED"):
             await table.connect(server.address)
         keeping.cancel()
+
+
+async def test_a_connection_that_was_lost_a_moment_ago_is_not_used() -> None:
+    async with linking(book(), offer()) as (table, server):
+        async with table.using(server.address) as link:
+            await link.connection.close()
+        async with table.using(server.address) as other:
+            assert other is not link
+            assert not other.connection.closed

@@ -6,10 +6,12 @@ import os
 import random
 import time
 import weakref
-from collections.abc import AsyncIterator, Sized
+from collections.abc import AsyncIterator, Sequence, Sized
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from kvbaton.engine.geometry import KvGeometry
+from kvbaton.engine.kv_store import KvStore
 from kvbaton.handoff.http2.server import serving_kv
 from kvbaton.handoff.receiver import IncomingTransfer, ReceiverCounters, Reservation, TicketBook
 from kvbaton.handoff.sender import KvSender, OutgoingTransfer, SenderCounters, Target, TransferReport
@@ -44,13 +46,28 @@ def resident_bytes() -> int:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+class Store(KvStore, Protocol):
+    """A store whose content a test can make and compare."""
+
+    writes: list[tuple[range, range]]
+    block_size: int
+
+    def fill(self, layer: int, blocks: Sequence[int], tokens: range) -> None:
+        """Put random KV there."""
+        ...
+
+    def content(self, blocks: Sequence[int], tokens: range) -> bytes:
+        """The KV of `tokens` in all layers."""
+        ...
+
+
 class Ends:
     """A sender, a receiver, and a proxy between them."""
 
-    def __init__(self, proxy: FaultProxy, geometry: KvGeometry, num_blocks: int) -> None:
+    def __init__(self, proxy: FaultProxy, source: Store, sink: Store, num_blocks: int) -> None:
         self.proxy = proxy
         self.book, self.applied = TicketBook(), list[int]()
-        self.source, self.sink = FakeStore(geometry, num_blocks), FakeStore(geometry, num_blocks)
+        self.source, self.sink = source, sink
         self.num_blocks = num_blocks
         self.sent, self.received = SenderCounters(), ReceiverCounters()
         self.attempts: weakref.WeakSet[IncomingTransfer] = weakref.WeakSet()
@@ -127,7 +144,7 @@ class Ends:
 async def ends(geometry: KvGeometry = GEOMETRY, num_blocks: int = 96, *, direct: bool = False) -> AsyncIterator[Ends]:
     """Both ends, connected through a proxy that leaves everything as it is, or directly."""
     async with fault_proxy() as proxy:
-        made = Ends(proxy, geometry, num_blocks)
+        made = Ends(proxy, FakeStore(geometry, num_blocks), FakeStore(geometry, num_blocks), num_blocks)
         servicer = KvTransferServicer(made.new_attempt, made.received)
         async with serving_kv(servicer.methods, "127.0.0.1", 0) as server:
             proxy.upstream = server.address

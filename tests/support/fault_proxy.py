@@ -1,8 +1,8 @@
 """A TCP proxy between a prefill worker and a decode worker that changes what passes, message by message.
 
-It knows HTTP/2 frames and gRPC messages, not headers. Both peers' flow control ends here, since an edited stream is
-longer or shorter than what its sender counted: the proxy opens the sender's windows again as it takes bytes, and keeps
-to the receiver's when it passes them on.
+It knows HTTP/2 frames, the path of each call, and gRPC messages. Both peers' flow control ends here, since an edited
+stream is longer or shorter than what its sender counted: the proxy opens the sender's windows again as it takes bytes,
+and keeps to the receiver's when it passes them on.
 """
 
 import asyncio
@@ -12,6 +12,9 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+from hpack import Decoder
 
 from kvbaton.v1 import kv_transfer_pb2 as pb
 from support import http2_frames as http2
@@ -37,7 +40,7 @@ class Passing:
     """A message on its way."""
 
     kind: str
-    """header, frame, commit, confirm; ready, applied, rejected, copied; or other."""
+    """Its name in `TransferRequest`, `TransferResponse`, `LinkRequest` or `LinkResponse`; or other."""
     number: int
     """Counts the messages of the kind that the proxy has seen since it was struck, from 0, over all connections."""
     data: bytes
@@ -84,9 +87,9 @@ class FaultProxy:
         """How many messages of a kind have come here."""
         return self._numbers[kind]
 
-    def edit(self, responses: bool, data: bytes) -> Passed:
-        """One message's fate."""
-        kind = _kind(pb.TransferResponse() if responses else pb.TransferRequest(), data)
+    def edit(self, path: str, responses: bool, data: bytes) -> Passed:
+        """The fate of one message of a call of `path`."""
+        kind = _kind(path, responses, data)
         number = self._numbers[kind]
         self._numbers[kind] += 1
         return (self._responses if responses else self._requests)(Passing(kind, number, data))
@@ -151,9 +154,20 @@ class _Connection:
         self.flowing = asyncio.Event()
         self.flowing.set()
         self._writers = (client[1], server[1])
-        self.forth = _Direction(self, lambda data: proxy.edit(False, data), client, server[1])
-        self.back = _Direction(self, lambda data: proxy.edit(True, data), server, client[1])
+        self._paths: dict[int, str] = {}
+        self._headers = Decoder()
+
+        def edit(stream: int, responses: bool, data: bytes) -> Passed:
+            return proxy.edit(self._paths[stream], responses, data)
+
+        self.forth = _Direction(self, lambda stream, data: edit(stream, False, data), client, server[1])
+        self.back = _Direction(self, lambda stream, data: edit(stream, True, data), server, client[1])
         self.forth.opposite, self.back.opposite = self.back, self.forth
+
+    def begin(self, frame: Http2Frame) -> None:
+        """A client's call; its headers are small enough for one frame."""
+        headers = {str(name): str(value) for name, value in self._headers.decode(frame.fragment)}
+        self._paths.setdefault(frame.stream, headers.get(":path", ""))
 
     async def run(self) -> None:
         try:
@@ -183,7 +197,7 @@ class _Direction:
     def __init__(
         self,
         connection: _Connection,
-        edit: Callable[[bytes], Passed],
+        edit: Callable[[int, bytes], Passed],
         source: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         sink: asyncio.StreamWriter,
     ) -> None:
@@ -220,6 +234,8 @@ class _Direction:
                     self.opposite.settle(frame.payload)
                     self._sink.write(_small_windows(frame.payload))
                     return
+                if frame.kind == http2.HEADERS and self is self._connection.forth:
+                    self._connection.begin(frame)
                 if frame.kind == http2.RST_STREAM or frame.stream not in self._held:
                     self._sink.write(frame.encoded())
 
@@ -249,7 +265,7 @@ class _Direction:
         for message in self._messages[frame.stream].feed(frame.content):
             if frame.stream in self._held:
                 return
-            passed = self._edit(message)
+            passed = self._edit(frame.stream, message)
             await asyncio.sleep(passed.delay)
             await self._send(frame.stream, passed.data)
             await self._sink.drain()
@@ -286,11 +302,15 @@ def _small_windows(payload: bytes) -> bytes:
     return http2.settings(*kept)
 
 
-def _kind(message: pb.TransferRequest | pb.TransferResponse, data: bytes) -> str:
+def _kind(path: str, responses: bool, data: bytes) -> str:
+    message: pb.TransferRequest | pb.TransferResponse | pb.LinkRequest | pb.LinkResponse
+    if path.endswith("/Link"):
+        message = pb.LinkResponse() if responses else pb.LinkRequest()
+    else:
+        message = pb.TransferResponse() if responses else pb.TransferRequest()
     try:
         message.MergeFromString(data)
-    except Exception:
-        # Whatever protobuf's implementation calls it.
+    except DecodeError:
         return "other"
     return message.WhichOneof("message") or "other"
 

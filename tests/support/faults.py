@@ -76,17 +76,17 @@ def calling(kind: str, number: int, action: Callable[[], object], then: Then = T
     return at(kind, number, change)
 
 
-def _frame(change: Callable[[random.Random, bytes], Passed]) -> Callable[[random.Random, int], Edit]:
+def on_frame(change: Callable[[random.Random, bytes], Passed]) -> Callable[[random.Random, int], Edit]:
     """Strikes a random frame."""
     return lambda rng, num_frames: at("frame", rng.randrange(num_frames), lambda data: change(rng, data))
 
 
-def _single(kind: str, change: Callable[[random.Random, bytes], Passed]) -> Callable[[random.Random, int], Edit]:
+def single(kind: str, change: Callable[[random.Random, bytes], Passed]) -> Callable[[random.Random, int], Edit]:
     """Strikes the first message of a kind."""
     return lambda rng, _: at(kind, 0, lambda data: change(rng, data))
 
 
-def _parsed(change: Callable[[random.Random, pb.TransferRequest], object]) -> Callable[[random.Random, bytes], Passed]:
+def parsed(change: Callable[[random.Random, pb.TransferRequest], object]) -> Callable[[random.Random, bytes], Passed]:
     """Changes fields, and encodes again."""
 
     def apply(rng: random.Random, data: bytes) -> Passed:
@@ -173,7 +173,8 @@ def _torn(then: Then) -> Callable[[random.Random, bytes], Passed]:
     return change
 
 
-def _after(then: Then) -> Callable[[random.Random, bytes], Passed]:
+def after(then: Then) -> Callable[[random.Random, bytes], Passed]:
+    """The message passes, and nothing more as it should."""
     return lambda _, data: Passed(grpc_message(data), then)
 
 
@@ -182,8 +183,9 @@ def _whole(*parts: bytes, length: int | None = None, compressed: int = 0) -> Cal
     return lambda _, data: Passed(grpc_message(b"".join(parts) or data, length=length, compressed=compressed))
 
 
-def _header(change: Callable[[pb.KvHeader], object]) -> Callable[[random.Random, int], Edit]:
-    return _single("header", _parsed(lambda _, request: change(request.header)))
+def on_header(change: Callable[[pb.KvHeader], object]) -> Callable[[random.Random, int], Edit]:
+    """Changes fields of the header."""
+    return single("header", parsed(lambda _, request: change(request.header)))
 
 
 def _groups(header: pb.KvHeader, **changes: int) -> None:
@@ -201,7 +203,7 @@ def _ticket(rng: random.Random, request: pb.TransferRequest) -> None:
 
 
 def _commit(change: Callable[[pb.KvCommit], object]) -> Callable[[random.Random, int], Edit]:
-    return _single("commit", _parsed(lambda _, request: change(request.commit)))
+    return single("commit", parsed(lambda _, request: change(request.commit)))
 
 
 def _set(name: str, change: Callable[[int], int]) -> Callable[[pb.KvCommit], None]:
@@ -213,72 +215,72 @@ def _nothing(_: random.Random, __: bytes) -> Passed:
 
 
 FAULTS: dict[str, Fault] = {
-    "payload: a bit flipped": Fault(_frame(_parsed(_payload_bit)), message="frame.crc32c"),
-    "info: a bit flipped": Fault(_frame(_info_bit)),
-    "any bit of a message flipped": Fault(_frame(lambda rng, data: Passed(grpc_message(flipped(data, rng))))),
-    "a frame dropped": Fault(_frame(_nothing), message=r"frame.number|commit"),
-    "a frame repeated": Fault(_frame(lambda _, data: Passed(grpc_message(data) * 2)), message="frame.number"),
+    "payload: a bit flipped": Fault(on_frame(parsed(_payload_bit)), message="frame.crc32c"),
+    "info: a bit flipped": Fault(on_frame(_info_bit)),
+    "any bit of a message flipped": Fault(on_frame(lambda rng, data: Passed(grpc_message(flipped(data, rng))))),
+    "a frame dropped": Fault(on_frame(_nothing), message=r"frame.number|commit"),
+    "a frame repeated": Fault(on_frame(lambda _, data: Passed(grpc_message(data) * 2)), message="frame.number"),
     "two frames swapped": Fault(_swapped, message="frame.number"),
-    "attempt changed": Fault(_frame(_parsed(_shift("attempt"))), message="frame.attempt"),
-    "number changed": Fault(_frame(_parsed(_shift("number"))), message="frame.number"),
-    "layer_start changed": Fault(_frame(_parsed(_shift("layer_start")))),
-    "layer_stop changed": Fault(_frame(_parsed(_shift("layer_stop")))),
-    "token_start changed": Fault(_frame(_parsed(_shift("token_start")))),
-    "token_stop changed": Fault(_frame(_parsed(_shift("token_stop")))),
-    "payload longer": Fault(_frame(_parsed(_payload_longer)), message="frame.payload"),
-    "payload shorter": Fault(_frame(_parsed(_payload_shorter)), message="frame.payload"),
-    "a length that lies": Fault(_frame(_length_lies), message="malformed|claims"),
-    "a message of 4 GiB claimed": Fault(_frame(_whole(length=HUGE)), UnavailableError),
-    "a message said to be compressed": Fault(_frame(_whole(compressed=1)), UnavailableError),
-    "an empty message": Fault(_frame(lambda *_: Passed(grpc_message(b""))), message="malformed"),
-    "noise in a message's place": Fault(_frame(_whole(b"\xff" * 40)), message="malformed"),
-    "a message of two": Fault(_frame(lambda _, data: Passed(grpc_message(data + data))), message="malformed"),
-    "an unknown message": Fault(_frame(_whole(field(99, b"x" * 99))), message="malformed"),
-    "an unasked confirmation": Fault(_frame(_whole(field(4, b"")))),
+    "attempt changed": Fault(on_frame(parsed(_shift("attempt"))), message="frame.attempt"),
+    "number changed": Fault(on_frame(parsed(_shift("number"))), message="frame.number"),
+    "layer_start changed": Fault(on_frame(parsed(_shift("layer_start")))),
+    "layer_stop changed": Fault(on_frame(parsed(_shift("layer_stop")))),
+    "token_start changed": Fault(on_frame(parsed(_shift("token_start")))),
+    "token_stop changed": Fault(on_frame(parsed(_shift("token_stop")))),
+    "payload longer": Fault(on_frame(parsed(_payload_longer)), message="frame.payload"),
+    "payload shorter": Fault(on_frame(parsed(_payload_shorter)), message="frame.payload"),
+    "a length that lies": Fault(on_frame(_length_lies), message="malformed|claims"),
+    "a message of 4 GiB claimed": Fault(on_frame(_whole(length=HUGE)), UnavailableError),
+    "a message said to be compressed": Fault(on_frame(_whole(compressed=1)), UnavailableError),
+    "an empty message": Fault(on_frame(lambda *_: Passed(grpc_message(b""))), message="malformed"),
+    "noise in a message's place": Fault(on_frame(_whole(b"\xff" * 40)), message="malformed"),
+    "a message of two": Fault(on_frame(lambda _, data: Passed(grpc_message(data + data))), message="malformed"),
+    "an unknown message": Fault(on_frame(_whole(field(99, b"x" * 99))), message="malformed"),
+    "an unasked confirmation": Fault(on_frame(_whole(field(4, b"")))),
     "the header again": Fault(_first_again, message="header"),
-    "a commit too early": Fault(_frame(_whole(field(3, b""))), message="commit"),
-    "no header": Fault(_single("header", lambda *_: Passed(grpc_message(field(2, b"")))), message="header"),
-    "ticket: a bit flipped": Fault(_single("header", _parsed(_ticket)), NotFoundError, "ticket"),
-    "ticket empty": Fault(_header(lambda header: header.ClearField("ticket")), NotFoundError, "ticket"),
-    "ticket of a mebibyte": Fault(_header(lambda h: setattr(h, "ticket", bytes(1 << 20))), NotFoundError, "ticket"),
-    "attempt 0": Fault(_header(lambda header: setattr(header, "attempt", 0)), message="attempt"),
+    "a commit too early": Fault(on_frame(_whole(field(3, b""))), message="commit"),
+    "no header": Fault(single("header", lambda *_: Passed(grpc_message(field(2, b"")))), message="header"),
+    "ticket: a bit flipped": Fault(single("header", parsed(_ticket)), NotFoundError, "ticket"),
+    "ticket empty": Fault(on_header(lambda header: header.ClearField("ticket")), NotFoundError, "ticket"),
+    "ticket of a mebibyte": Fault(on_header(lambda h: setattr(h, "ticket", bytes(1 << 20))), NotFoundError, "ticket"),
+    "attempt 0": Fault(on_header(lambda header: setattr(header, "attempt", 0)), message="attempt"),
     "another model": Fault(
-        _header(lambda h: setattr(h.fingerprint, "weights_digest", "beef")), message="weights_digest"
+        on_header(lambda h: setattr(h.fingerprint, "weights_digest", "beef")), message="weights_digest"
     ),
-    "another dtype": Fault(_header(lambda h: setattr(h.geometry, "dtype", "bfloat16")), message="dtype"),
-    "geometry: many layers": Fault(_header(lambda h: _groups(h, num_layers=HUGE)), message="geometry"),
-    "geometry: no heads": Fault(_header(lambda h: _groups(h, num_kv_heads=0)), message="geometry"),
-    "geometry: wide heads": Fault(_header(lambda h: _groups(h, v_head_dim=HUGE)), message="geometry"),
-    "geometry: many groups": Fault(_header(_many_groups), message="geometry"),
-    "geometry: none": Fault(_header(lambda header: header.ClearField("geometry")), message="geometry"),
-    "tokens: more": Fault(_header(lambda h: setattr(h, "token_stop", HUGE)), message="token range"),
-    "tokens: fewer": Fault(_header(lambda h: setattr(h, "token_start", h.token_start + 1)), message="token range"),
-    "no transport": Fault(_header(lambda header: header.ClearField("transports")), message="transport"),
-    "unknown transport": Fault(_header(lambda h: h.transports.__setitem__(0, "pigeon")), message="transport"),
+    "another dtype": Fault(on_header(lambda h: setattr(h.geometry, "dtype", "bfloat16")), message="dtype"),
+    "geometry: many layers": Fault(on_header(lambda h: _groups(h, num_layers=HUGE)), message="geometry"),
+    "geometry: no heads": Fault(on_header(lambda h: _groups(h, num_kv_heads=0)), message="geometry"),
+    "geometry: wide heads": Fault(on_header(lambda h: _groups(h, v_head_dim=HUGE)), message="geometry"),
+    "geometry: many groups": Fault(on_header(_many_groups), message="geometry"),
+    "geometry: none": Fault(on_header(lambda header: header.ClearField("geometry")), message="geometry"),
+    "tokens: more": Fault(on_header(lambda h: setattr(h, "token_stop", HUGE)), message="token range"),
+    "tokens: fewer": Fault(on_header(lambda h: setattr(h, "token_start", h.token_start + 1)), message="token range"),
+    "no transport": Fault(on_header(lambda header: header.ClearField("transports")), message="transport"),
+    "unknown transport": Fault(on_header(lambda h: h.transports.__setitem__(0, "pigeon")), message="transport"),
     "commit: another first token": Fault(_commit(_set("first_token_id", lambda v: v ^ 1)), message="commit.digest"),
     "commit: no token": Fault(_commit(_set("first_token_id", lambda _: HUGE)), message="commit.first_token_id"),
     "commit: fewer frames": Fault(_commit(_set("num_frames", lambda v: v - 1)), message="commit"),
     "commit: more bytes": Fault(_commit(_set("payload_bytes", lambda v: v + 2**32)), message="commit"),
     "commit: no digest": Fault(_commit(lambda commit: commit.ClearField("digest")), message="commit.digest"),
-    "no commit": Fault(_single("commit", _nothing), UnavailableError, "without an answer"),
-    "closed between frames": Fault(_frame(_after(Then.CLOSE)), UnavailableError),
-    "reset between frames": Fault(_frame(_after(Then.RESET)), UnavailableError),
-    "closed within a frame": Fault(_frame(_torn(Then.CLOSE)), UnavailableError),
-    "reset within a frame": Fault(_frame(_torn(Then.RESET)), UnavailableError),
-    "closed after the header": Fault(_single("header", _after(Then.CLOSE)), UnavailableError),
-    "stalled between frames": Fault(_frame(_after(Then.HOLD)), UnavailableError, _SILENCE, silent=True),
-    "stalled within a frame": Fault(_frame(_torn(Then.HOLD)), UnavailableError, _SILENCE, silent=True),
-    "frozen between frames": Fault(_frame(_after(Then.FREEZE)), UnavailableError, _SILENCE, silent=True, frozen=True),
-    "frozen within a frame": Fault(_frame(_torn(Then.FREEZE)), UnavailableError, _SILENCE, silent=True, frozen=True),
-    "ready dropped": Fault(_single("ready", _nothing), UnavailableError, _SILENCE, silent=True, responses=True),
-    "ready is applied": Fault(_single("ready", _whole(field(2, b""))), UnavailableError, responses=True),
-    "ready is noise": Fault(_single("ready", _whole(b"\xff" * 40)), UnavailableError, responses=True),
+    "no commit": Fault(single("commit", _nothing), UnavailableError, "without an answer"),
+    "closed between frames": Fault(on_frame(after(Then.CLOSE)), UnavailableError),
+    "reset between frames": Fault(on_frame(after(Then.RESET)), UnavailableError),
+    "closed within a frame": Fault(on_frame(_torn(Then.CLOSE)), UnavailableError),
+    "reset within a frame": Fault(on_frame(_torn(Then.RESET)), UnavailableError),
+    "closed after the header": Fault(single("header", after(Then.CLOSE)), UnavailableError),
+    "stalled between frames": Fault(on_frame(after(Then.HOLD)), UnavailableError, _SILENCE, silent=True),
+    "stalled within a frame": Fault(on_frame(_torn(Then.HOLD)), UnavailableError, _SILENCE, silent=True),
+    "frozen between frames": Fault(on_frame(after(Then.FREEZE)), UnavailableError, _SILENCE, silent=True, frozen=True),
+    "frozen within a frame": Fault(on_frame(_torn(Then.FREEZE)), UnavailableError, _SILENCE, silent=True, frozen=True),
+    "ready dropped": Fault(single("ready", _nothing), UnavailableError, _SILENCE, silent=True, responses=True),
+    "ready is applied": Fault(single("ready", _whole(field(2, b""))), UnavailableError, responses=True),
+    "ready is noise": Fault(single("ready", _whole(b"\xff" * 40)), UnavailableError, responses=True),
     "applied dropped": Fault(
-        _single("applied", _nothing), UnavailableError, "without an answer", responses=True, applied=True
+        single("applied", _nothing), UnavailableError, "without an answer", responses=True, applied=True
     ),
-    "applied is noise": Fault(_single("applied", _whole(b"\xff")), UnavailableError, responses=True, applied=True),
+    "applied is noise": Fault(single("applied", _whole(b"\xff")), UnavailableError, responses=True, applied=True),
     "closed before applied": Fault(
-        _single("applied", lambda *_: Passed(b"", Then.CLOSE)), UnavailableError, responses=True, applied=True
+        single("applied", lambda *_: Passed(b"", Then.CLOSE)), UnavailableError, responses=True, applied=True
     ),
 }
 """By name, for grpc. None of them may end in KV that differs, or in a stream that hangs."""

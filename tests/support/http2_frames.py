@@ -8,7 +8,7 @@ from dataclasses import dataclass
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_STREAM = ACK = 0x1
-END_HEADERS, PADDED = 0x4, 0x8
+END_HEADERS, PADDED, PRIORITISED = 0x4, 0x8, 0x20
 SETTINGS_INITIAL_WINDOW_SIZE = 0x4
 INITIAL_WINDOW, MAX_FRAME = 65_535, 16_384
 """What holds until a peer's SETTINGS say otherwise."""
@@ -32,6 +32,11 @@ class Http2Frame:
     def content(self) -> bytes:
         """The payload without padding."""
         return self.payload[1 : len(self.payload) - self.payload[0]] if self.flags & PADDED else self.payload
+
+    @property
+    def fragment(self) -> bytes:
+        """Of HEADERS: what is left without priority and padding."""
+        return self.content[5:] if self.flags & PRIORITISED else self.content
 
 
 async def read_frame(reader: asyncio.StreamReader) -> Http2Frame:

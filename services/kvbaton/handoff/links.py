@@ -123,6 +123,10 @@ class LinkTable:
 
     async def _get(self, endpoint: str) -> Link:
         link = self._links.get(endpoint)
+        if link is not None and link.connection.closed:
+            # Whoever follows its stream has not had its turn yet.
+            await self.retire(link)
+            link = self._links.get(endpoint)
         if link is not None:
             self._links.move_to_end(endpoint)
             return link
