@@ -131,9 +131,7 @@ async def test_what_arrives_is_what_was_computed(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("frame_bytes", [100, 1000, FRAME_BYTES])
-async def test_layers_are_sent_as_another_thread_computes_them(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, frame_bytes: int
-) -> None:
+async def test_layers_leave_as_they_are_computed(pair: Pair, monkeypatch: pytest.MonkeyPatch, frame_bytes: int) -> None:
     monkeypatch.setattr(
         sender_module, "FramePlanner", lambda kv, start, stop: FramePlanner(kv, start, stop, frame_bytes)
     )
@@ -342,9 +340,7 @@ async def test_the_requests_timeout_ends_a_wait_for_ready() -> None:
             await pair.send(timeout=0.2)
 
 
-async def test_the_requests_timeout_ends_a_write_that_the_receiver_does_not_take(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_the_timeout_ends_a_write_that_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     # Some frames find room in what the kernels keep, and the rest does not.
     monkeypatch.setattr(sender_module, "FramePlanner", lambda kv, start, stop: FramePlanner(kv, start, stop, 1 << 18))
 
