@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Each target for FUZZ_SECONDS, by coverage; what was found before is in build/fuzz.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS := codec receiver server client
+FUZZ_TARGETS := codec receiver link server client
 
 fuzz: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'

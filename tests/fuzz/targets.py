@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fuzz import connections
+from fuzz import connections, links
 from fuzz.sides import Sides
 
 from kvbaton.engine.errors import NotFoundError, TransferRejectedError
@@ -116,5 +116,6 @@ TARGETS = {
     "codec": Target(codec, _messages),
     "receiver": Target(receiver, _scripts),
     "server": Target(connections.server, connections.client_bytes),
+    "link": Target(links.link, links.conversations),
     "client": Target(connections.client, connections.server_bytes),
 }
